@@ -1,0 +1,19 @@
+# make demo: prepare the digits, train and compare the losses.   make test: the tests.   Both set up .venv first.
+VENV ?= .venv
+PY = $(VENV)/bin/python
+export VENV
+
+.PHONY: setup demo test test-slow
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py constraints.txt tools/setup_env.sh
+	tools/setup_env.sh
+
+demo: setup
+	$(PY) tools/demo.py
+
+test: setup
+	$(PY) -m pytest -q -m "not slow"
+
+test-slow: setup
+	$(PY) -m pytest -q -m slow

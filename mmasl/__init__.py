@@ -1,0 +1,5 @@
+"""Training with the Asymmetric Loss (arXiv 2009.14119) in MMDetection and MMPretrain."""
+from .losses import AsymmetricLoss
+
+__version__ = '0.1.0'
+__all__ = ['AsymmetricLoss']

@@ -1,0 +1,167 @@
+"""The asymmetric loss as the module that configs build, called as MMDetection's and MMPretrain's heads call theirs."""
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .ops import asymmetric_loss
+from .registry import MODELS
+
+REDUCTIONS = ('none', 'mean', 'sum')
+
+
+@MODELS.register_module()
+class AsymmetricLoss(nn.Module):
+    """Asymmetric loss (ASL) for multi-label classification and dense detection, Eq. 7 of arXiv 2009.14119.
+
+    The other losses of the paper are settings of this one:
+
+    ============================  =========  =========  ====
+    loss                          gamma_pos  gamma_neg  clip
+    ============================  =========  =========  ====
+    binary cross-entropy          0          0          0
+    focal loss (alpha optional)   2          2          0
+    asymmetric focusing           0          4          0
+    probability margin            2          2          0.3
+    ASL, classification           0          4          0.05
+    ASL, detection (alpha 0.25)   1          2          0
+    ============================  =========  =========  ====
+
+    ``gamma_pos``, ``gamma_neg`` and ``clip`` live on the module as float32 tensors, outside its state dict; change them
+    in place (``loss.gamma_neg.fill_(3)``) at any step, without recompiling.
+
+    Args:
+        gamma_pos: Focusing parameter of positives, >= 0: one number, or one per class. The paper uses 0 in
+            classification and 1 in detection.
+        gamma_neg: Focusing parameter of negatives, likewise.
+        clip: Probability margin m in [0, 1), likewise. Negatives below it have no loss and no gradient. A dense
+            detection head starts at p = 0.01, where any larger margin leaves nothing to learn from: use 0 there.
+        alpha: Positives are multiplied by alpha, negatives by 1 - alpha, as in focal loss. None for neither.
+        detach_focusing: False for the gradient of Eq. 8; True holds the focusing weight constant, as the official
+            training script does. The loss value is the same.
+        use_sigmoid: Must stay True: the loss is defined on independent sigmoids. Heads read it from the config.
+        reduction: 'mean', 'sum' or 'none'. 'mean' divides the sum by ``avg_factor``, or by the number of elements that
+            are not ignored; 'sum' is the official implementation's and leaves ``avg_factor`` aside.
+        loss_weight: Factor of the result.
+        ignore_index: Target value of elements, or label of rows, to leave out.
+        activated: The predictions are probabilities, as TOOD gives them, and not logits.
+
+    Raises:
+        ValueError: A parameter is out of its range; the message names it.
+    """
+
+    def __init__(self,
+                 gamma_pos: float | Sequence[float] = 0.,
+                 gamma_neg: float | Sequence[float] = 4.,
+                 clip: float | Sequence[float] = 0.05,
+                 alpha: float | None = None,
+                 detach_focusing: bool = False,
+                 use_sigmoid: bool = True,
+                 reduction: str = 'mean',
+                 loss_weight: float = 1.,
+                 ignore_index: int | None = None,
+                 activated: bool = False) -> None:
+        super().__init__()
+        if use_sigmoid is not True:
+            raise ValueError(f'use_sigmoid={use_sigmoid}: AsymmetricLoss is defined on sigmoids, set use_sigmoid=True')
+        if reduction not in REDUCTIONS:
+            raise ValueError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ValueError(f'alpha={alpha} must be between 0 and 1, or None')
+        if not math.isfinite(loss_weight):
+            raise ValueError(f'loss_weight={loss_weight} must be finite')
+        for name, value, high in (('gamma_pos', gamma_pos, math.inf), ('gamma_neg', gamma_neg, math.inf),
+                                  ('clip', clip, 1)):
+            values = torch.as_tensor(value, dtype=torch.float32)
+            if values.dim() > 1 or not values.numel() or not ((values >= 0) & (values < high)).all():
+                raise ValueError(f'{name}={value} must be a number in [0, {high:g}), or one such number per class')
+            self.register_buffer(name, values.clone(), persistent=False)
+        self.alpha = alpha
+        self.detach_focusing = detach_focusing
+        self.use_sigmoid = use_sigmoid
+        self.reduction = reduction
+        self.loss_weight = loss_weight
+        self.ignore_index = ignore_index
+        self.activated = activated
+
+    def forward(self,
+                pred: Tensor,
+                target: Tensor | tuple[Tensor, Tensor],
+                weight: Tensor | None = None,
+                avg_factor: float | Tensor | None = None,
+                reduction_override: str | None = None) -> Tensor:
+        """Loss of a batch.
+
+        Args:
+            pred: (..., C) logits (probabilities with ``activated``), of any floating dtype.
+            target: Dense targets, labels with background C, or a pair (labels, quality): see
+                :func:`mmasl.ops.asymmetric_loss`.
+            weight: One weight per row (the shape of ``pred`` without C), per element (the shape of ``pred``, or what
+                broadcasts to it), or flat per element.
+            avg_factor: Divisor of 'mean', a number or a tensor of one element, such as the number of positives.
+            reduction_override: Replaces ``reduction`` in this call.
+
+        Returns:
+            The reduced loss, of shape (); for 'none', the shape of ``pred``. float32, or float64 for float64.
+        """
+        reduction = reduction_override or self.reduction
+        if reduction not in REDUCTIONS:
+            raise ValueError(f'reduction_override={reduction!r} must be one of {REDUCTIONS}')
+        if self.activated:
+            pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
+            pred = pred.logit(eps=torch.finfo(pred.dtype).eps)
+        loss = asymmetric_loss(pred, target, self.gamma_pos, self.gamma_neg, self.clip, self.alpha,
+                               self.detach_focusing, self.ignore_index)
+        if weight is not None:
+            loss = loss * _as_element_weight(weight, loss)
+        if reduction != 'none':
+            loss = loss.sum()
+        if reduction == 'mean':
+            loss = loss / self._divisor(pred, target, avg_factor)
+        return self.loss_weight * loss
+
+    def _divisor(self, pred: Tensor, target: Tensor | tuple[Tensor, Tensor],
+                 avg_factor: float | Tensor | None) -> float | Tensor:
+        """``avg_factor`` or the number of elements that count; never 0, so that an empty batch has loss 0."""
+        if isinstance(avg_factor, Tensor):
+            if avg_factor.numel() != 1:
+                raise ValueError(f'avg_factor of shape {tuple(avg_factor.shape)} must have one element')
+            return avg_factor.reshape(()).clamp(min=torch.finfo(torch.float32).eps)
+        if avg_factor is not None:
+            return max(avg_factor, torch.finfo(torch.float32).eps)
+        if self.ignore_index is None:
+            return max(pred.numel(), 1)
+        labels = target[0] if isinstance(target, (tuple, list)) else target
+        elements_per_target = pred.numel() // max(labels.numel(), 1)
+        return ((labels != self.ignore_index).sum() * elements_per_target).clamp(min=1)
+
+    def _apply(self, fn, recurse=True):
+        """Moves the module but keeps its parameters in float32: half precision would round a controller's small steps
+        away."""
+        kept = {name: getattr(self, name) for name in ('gamma_pos', 'gamma_neg', 'clip')}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            if not value.is_meta:
+                setattr(self, name, value.to(getattr(self, name).device))
+        return self
+
+    def extra_repr(self) -> str:
+        values = {name: getattr(self, name).tolist() for name in ('gamma_pos', 'gamma_neg', 'clip')}
+        return ', '.join(f'{key}={value}' for key, value in values.items()) + (
+            f', alpha={self.alpha}, detach_focusing={self.detach_focusing}, reduction={self.reduction}, '
+            f'loss_weight={self.loss_weight}, ignore_index={self.ignore_index}')
+
+
+def _as_element_weight(weight: Tensor, loss: Tensor) -> Tensor:
+    """``weight`` in a shape that multiplies ``loss``."""
+    if weight.shape == loss.shape:
+        return weight
+    if weight.shape == loss.shape[:-1]:
+        return weight.unsqueeze(-1)
+    if weight.dim() == 1 and weight.numel() == loss.numel():
+        return weight.view_as(loss)
+    if weight.dim() == loss.dim() and all(w in (1, n) for w, n in zip(weight.shape, loss.shape)):
+        return weight
+    raise ValueError(f'weight of shape {tuple(weight.shape)} does not fit a loss of shape {tuple(loss.shape)}: give one '
+                     'per row, one per element, or one flat list of all elements')

@@ -1,0 +1,25 @@
+"""The equations of ASL (arXiv 2009.14119) as they are printed, in float64 and by autograd: what the operator is tested
+against. Readable, slow, and exact only where float64 still tells 1 - p from 0 (|logit| <= 30)."""
+import torch
+from torch import Tensor
+
+
+def asymmetric_loss(logits: Tensor, target: Tensor, gamma_pos: float | Tensor, gamma_neg: float | Tensor,
+                    clip: float | Tensor, alpha: float | None = None, detach_focusing: bool = False) -> Tensor:
+    """Eq. 2 and 7 for dense targets of the logits' shape, per element."""
+    p = logits.double().sigmoid()
+    y = target.double()
+    p_m = p - clip
+    # Eq. 5 by selection: below the margin nothing depends on p, and pow(0, gamma < 1) has no derivative.
+    beyond = p_m >= 0
+    p_m = torch.where(beyond, p_m, torch.ones_like(p_m) / 2)
+
+    focus_pos = (1 - p)**gamma_pos
+    focus_neg = p_m**gamma_neg
+    if detach_focusing:
+        focus_pos, focus_neg = focus_pos.detach(), focus_neg.detach()
+    loss_pos = focus_pos * p.log()
+    loss_neg = torch.where(beyond, focus_neg * (1 - p_m).log(), 0.)
+    if alpha is not None:
+        loss_pos, loss_neg = alpha * loss_pos, (1 - alpha) * loss_neg
+    return -y * loss_pos - (1 - y) * loss_neg

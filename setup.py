@@ -1,0 +1,31 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DETECTION = ['onedl-mmcv>=2.3.6', 'onedl-mmdetection>=3.5.1']
+CLASSIFICATION = ['onedl-mmcv>=2.3.6', 'onedl-mmpretrain>=1.3.6', 'timm>=1.0']
+DEMO = ['scikit-learn>=1.3', 'matplotlib>=3.7']
+
+about = {}
+for line in Path(__file__).with_name('mmasl').joinpath('__init__.py').read_text().splitlines():
+    if line.startswith('__version__'):
+        exec(line, about)
+
+setup(
+    name='mmasl',
+    version=about['__version__'],
+    description='Training with the Asymmetric Loss in MMDetection and MMPretrain',
+    long_description=Path(__file__).with_name('README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['mmasl', 'mmasl.*']),
+    python_requires='>=3.10',
+    # mmengine itself is not named: upstream's and the fork's distributions have different names and the same import name.
+    install_requires=['torch>=2.4', 'numpy'],
+    extras_require={
+        'det': ['onedl-mmengine>=0.10.12', *DETECTION],
+        'cls': ['onedl-mmengine>=0.10.12', *CLASSIFICATION],
+        'demo': DEMO,
+        'test': ['pytest>=8', 'pytest-xdist', 'torchmetrics>=1.4', 'torchvision', *DEMO],
+    },
+)
