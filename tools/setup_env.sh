@@ -20,7 +20,8 @@ pip install -c constraints.txt torch torchvision numpy setuptools wheel ninja ps
 
 # mmcv's compiled ops fit one torch and one Python. pip's own cache knows neither: keep the wheel under a key that does.
 key=$("$VENV/bin/python" -c 'import sys, torch
-print(f"torch{torch.__version__}-cp{sys.version_info[0]}{sys.version_info[1]}-{"cuda" if torch.cuda.is_available() else "cpu"}")')
+device = "cuda" if torch.cuda.is_available() else "cpu"
+print(f"torch{torch.__version__}-cp{sys.version_info[0]}{sys.version_info[1]}-{device}")')
 version=$(sed -n 's/^onedl-mmcv==//p' constraints.txt)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mmasl/mmcv$version-$key
 mkdir -p "$cache"

@@ -1,0 +1,301 @@
+"""The operator against the equations: in float64 by autograd, at extremes in 60 digits by mpmath."""
+import mpmath
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mmasl.ops import asymmetric_loss
+from mmasl.ops.reference import asymmetric_loss as reference
+
+# gamma_pos, gamma_neg, clip, alpha
+SETTINGS = {
+    'ce': (0., 0., 0., None),
+    'ce+margin': (0., 0., 0.05, None),
+    'focal': (2., 2., 0., None),
+    'focal+alpha': (2., 2., 0., 0.25),
+    'focal+margin': (2., 2., 0.3, None),
+    'focusing': (0., 4., 0., None),
+    'asl': (0., 4., 0.05, None),
+    'detection': (1., 2., 0., 0.25),
+    'fractional': (0.5, 0.3, 0.05, 0.7),
+    'open-images': (0., 7., 0.05, None),
+    'tiny-margin': (0., 2., 1e-4, None),
+}
+settings = pytest.mark.parametrize('setting', SETTINGS.values(), ids=SETTINGS)
+detach = pytest.mark.parametrize('detach', [False, True], ids=['eq8', 'detached'])
+dtypes = pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16],
+                                 ids=lambda d: str(d)[6:])
+# Relative, absolute: of the arithmetic; the gradient in half precision is rounded once more at the end.
+TOLERANCE = {torch.float64: (1e-7, 1e-12), torch.float32: (2e-5, 1e-7)}
+TOLERANCE_GRAD = {**TOLERANCE, torch.bfloat16: (2**-8, 1e-7), torch.float16: (2**-10, 2**-24)}
+
+
+def value_and_grad(function, logits, target, *args, cotangent=None, **kwargs):
+    logits = logits.detach().clone().requires_grad_()
+    loss = function(logits, target, *args, **kwargs)
+    cotangent = torch.ones_like(loss) if cotangent is None else cotangent.to(loss.dtype)
+    grad, = torch.autograd.grad(loss, logits, cotangent)
+    return loss.detach(), grad
+
+
+def tolerance(dtype, table=TOLERANCE):
+    rtol, atol = table.get(dtype, TOLERANCE[torch.float32])
+    return dict(rtol=rtol, atol=atol, check_dtype=False)
+
+
+@settings
+@detach
+@dtypes
+def test_value_and_gradient(setting, detach, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.rand(37, 11, generator=generator, dtype=torch.float64) * 24 - 12).to(dtype)
+    soft = torch.rand(37, 11, generator=generator).to(dtype)
+    target = torch.where(torch.rand(37, 11, generator=generator) < 0.5, soft, soft.round())
+    cotangent = torch.randn(37, 11, generator=generator)
+
+    loss, grad = value_and_grad(asymmetric_loss, logits, target, *setting, detach, cotangent=cotangent)
+    expected, expected_grad = value_and_grad(reference, logits.double(), target, *setting, detach, cotangent=cotangent)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert grad.dtype == dtype
+    assert_close(loss, expected, **tolerance(dtype))
+    assert_close(grad, expected_grad, **tolerance(dtype, TOLERANCE_GRAD))
+
+
+@settings
+def test_gradcheck(setting):
+    logits = torch.linspace(-9, 9, 60, dtype=torch.float64).view(-1, 4).requires_grad_()
+    target = torch.linspace(0, 1, 7, dtype=torch.float64).repeat(9)[:60].view(-1, 4)
+    assert torch.autograd.gradcheck(lambda z: asymmetric_loss(z, target, *setting), logits)
+
+
+def exact(z, positive, gamma_pos, gamma_neg, clip, alpha, detach):
+    """Eq. 7 and its derivative in 60 digits."""
+    with mpmath.workdps(60):
+        z, one = mpmath.mpf(z), mpmath.mpf(1)
+        p, q = one / (1 + mpmath.exp(-z)), one / (1 + mpmath.exp(z))
+        scale = one if alpha is None else mpmath.mpf(alpha if positive else 1 - alpha)
+        if positive:
+            log_term = -mpmath.log(p)
+            return float(scale * q**gamma_pos * log_term), float(
+                -scale * q**gamma_pos * (q + (0 if detach else gamma_pos * p * log_term)))
+        if p < clip:
+            return 0., 0.
+        p_m, rest = p - mpmath.mpf(clip), q + mpmath.mpf(clip)
+        log_term = -mpmath.log(rest)
+        through = 0 if detach or gamma_neg == 0 else gamma_neg * log_term / p_m
+        return float(scale * p_m**gamma_neg * log_term), float(
+            scale * p_m**gamma_neg * p * q * (1 / rest + through))
+
+
+@settings
+@detach
+@dtypes
+@pytest.mark.parametrize('positive', [True, False], ids=['positive', 'negative'])
+def test_extreme_logits(setting, detach, dtype, positive):
+    top = torch.finfo(dtype).max
+    sizes = [z for z in (0., 1e-3, 3., 8., 12.5, 17.5, 20., 40., 88., 104., 700., 5e4, top) if z <= min(top, 1e6)]
+    logits = torch.tensor([*sizes, *[-z for z in sizes]], dtype=dtype)
+    loss, grad = value_and_grad(asymmetric_loss, logits, torch.full_like(logits, positive), *setting, detach)
+    # The setting's numbers as the arithmetic sees them.
+    seen = tuple(x if x is None else torch.tensor(x, dtype=loss.dtype).item() for x in setting)
+    expected, expected_grad = torch.tensor([exact(z, positive, *seen, detach) for z in logits.tolist()],
+                                           dtype=torch.float64).T
+    assert_close(loss, expected, **tolerance(dtype))
+    assert_close(grad, expected_grad, **tolerance(dtype, TOLERANCE_GRAD))
+
+
+@settings
+@dtypes
+def test_largest_numbers_stay_finite(setting, dtype):
+    top = torch.finfo(dtype).max
+    logits = torch.tensor([[top, -top, top / 2, -top / 2, torch.finfo(dtype).tiny]] * 3, dtype=dtype)
+    target = torch.tensor([[0.], [1.], [0.5]]).expand(3, 5).to(dtype)
+    loss, grad = value_and_grad(asymmetric_loss, logits, target, *setting)
+    assert loss.isfinite().all() and grad.isfinite().all()
+
+
+@settings
+def test_loss_scale_in_half_precision(setting):
+    """A float16 gradient of 1 times GradScaler's first scale is past float16's end."""
+    logits = torch.linspace(-60000, 60000, 1001).half()
+    for target in (0., 1.):
+        _, grad = value_and_grad(asymmetric_loss, logits, torch.full_like(logits, target), *setting,
+                                 cotangent=torch.full((1001, ), 65536.))
+        assert grad.isfinite().all()
+    _, grad = value_and_grad(asymmetric_loss, logits[:1], torch.ones_like(logits[:1]), cotangent=torch.tensor([2.**20]))
+    assert grad.isinf().all(), 'GradScaler must see an overflow'
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 5)
+    inputs, target = torch.randn(64, 8) * 30, torch.randint(2, (64, 5)).float()
+    with torch.autocast('cpu', torch.bfloat16):
+        logits = layer(inputs)
+        loss = asymmetric_loss(logits, target).sum()
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    (loss * 65536).backward()
+    assert layer.weight.grad.isfinite().all() and layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('gamma', [0.01, 0.5, 0.99])
+@pytest.mark.parametrize('clip', [0.05, 0.3])
+def test_fractional_gamma_below_the_margin(gamma, clip):
+    """Where autograd of pow(0, gamma) is NaN, nothing is learnt from the element."""
+    margin = torch.tensor(clip, dtype=torch.float64).logit()
+    logits = margin + torch.tensor([-50., -1, -1e-9, 1e-9, 1], dtype=torch.float64)
+    loss, grad = value_and_grad(asymmetric_loss, logits, torch.zeros_like(logits), 0., gamma, clip)
+    assert (loss[:3] == 0).all() and (grad[:3] == 0).all()
+    assert (grad[3:] > 0).all() and grad.isfinite().all()
+
+
+def test_gradient_at_the_margin_is_the_right_one():
+    """p = m = 0.5 exactly: the side p > m counts."""
+    _, grad = value_and_grad(asymmetric_loss, torch.zeros(1), torch.zeros(1), 0., 0., 0.5)
+    assert grad.item() == 0.25
+
+
+@settings
+@detach
+@pytest.mark.parametrize('shape', [(13, 4), (2, 5, 3), (1, 1), (6, 1)], ids=str)
+def test_labels_are_one_hot_targets(setting, detach, shape):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(shape, generator=generator) * 4
+    cotangent = torch.randn(shape, generator=generator)
+    labels = torch.randint(shape[-1] + 1, shape[:-1], generator=generator)
+    quality = torch.rand(shape[:-1], generator=generator)
+    one_hot = (labels.unsqueeze(-1) == torch.arange(shape[-1])).float()
+    for target, dense in ((labels, one_hot), (labels.int(), one_hot), ((labels, quality), one_hot * quality[..., None])):
+        assert_close(value_and_grad(asymmetric_loss, logits, target, *setting, detach, cotangent=cotangent),
+                     value_and_grad(asymmetric_loss, logits, dense, *setting, detach, cotangent=cotangent),
+                     rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize('dtype', [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize('shape', [(7, ), (4, 3), (2, 3, 4, 5)], ids=str)
+def test_dense_targets_of_any_dtype_and_shape(dtype, shape):
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    target = torch.randint(2, shape, generator=torch.Generator().manual_seed(3))
+    assert_close(value_and_grad(asymmetric_loss, logits, target.to(dtype)),
+                 value_and_grad(asymmetric_loss, logits, target.float()), rtol=0, atol=0)
+
+
+def test_one_value_per_class():
+    gamma_pos, gamma_neg, clip = torch.tensor([[0., 1, 2], [4, .5, 0], [.05, 0, .3]])
+    logits = torch.randn(9, 3, generator=torch.Generator().manual_seed(4)) * 3
+    labels = torch.arange(9) % 4
+    for target in (torch.rand(9, 3, generator=torch.Generator().manual_seed(5)), labels):
+        loss, grad = value_and_grad(asymmetric_loss, logits, target, gamma_pos, gamma_neg, clip)
+        for k in range(3):
+            column = target[:, k:k + 1] if target.dim() == 2 else (target == k).float()[:, None]
+            expected, expected_grad = value_and_grad(asymmetric_loss, logits[:, k:k + 1], column,
+                                                     gamma_pos[k].item(), gamma_neg[k].item(), clip[k].item())
+            assert_close(loss[:, k:k + 1], expected)
+            assert_close(grad[:, k:k + 1], expected_grad)
+
+
+@settings
+def test_ignored_elements_and_rows(setting):
+    logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(6))
+    target = torch.tensor([[1., -1, 0]]).repeat(6, 1)
+    loss, grad = value_and_grad(asymmetric_loss, logits, target, *setting, ignore_index=-1)
+    kept, kept_grad = value_and_grad(asymmetric_loss, logits, target.clamp(min=0), *setting)
+    assert (loss[:, 1] == 0).all() and (grad[:, 1] == 0).all()
+    assert_close((loss[:, ::2], grad[:, ::2]), (kept[:, ::2], kept_grad[:, ::2]))
+
+    labels = torch.tensor([0, 255, 2, 3, 255, 1])
+    loss, grad = value_and_grad(asymmetric_loss, logits, labels, *setting, ignore_index=255)
+    ignored = labels == 255
+    kept, kept_grad = value_and_grad(asymmetric_loss, logits[~ignored], labels[~ignored], *setting)
+    assert (loss[ignored] == 0).all() and (grad[ignored] == 0).all()
+    assert_close((loss[~ignored], grad[~ignored]), (kept, kept_grad))
+
+
+@pytest.mark.parametrize('shape', [(0, 5), (0, ), (3, 0), (0, 4, 5)], ids=str)
+def test_empty(shape):
+    loss, grad = value_and_grad(asymmetric_loss, torch.zeros(shape), torch.zeros(shape))
+    assert loss.shape == grad.shape == shape
+    if shape[-1] and len(shape) > 1:
+        loss, grad = value_and_grad(asymmetric_loss, torch.zeros(shape), torch.zeros(shape[:-1], dtype=torch.long))
+        assert loss.shape == grad.shape == shape
+
+
+@pytest.mark.parametrize('target, error, message', [
+    (torch.tensor([[0., 2.]]), ValueError, r'target 2.0 at \[0, 1\] is out of range'),
+    (torch.tensor([[-1., 0.]]), ValueError, r'target -1.0 at \[0, 0\].*set ignore_index'),
+    (torch.tensor([[0., float('nan')]]), ValueError, r'target nan at \[0, 1\]'),
+    (torch.tensor([3]), ValueError, r'label 3 at \[0, 0\].*0 to 1 for a class, 2 for background'),
+    (torch.tensor([-100]), ValueError, 'label -100'),
+    ((torch.tensor([1]), torch.tensor([1.5])), ValueError, r'quality 1.5 at \[0, 0\]'),
+    ((torch.tensor([1]), torch.tensor([1., 1])), ValueError, r'quality of shape \(2,\) does not fit labels'),
+    (torch.tensor([1.]), TypeError, 'labels .* must be integers, got torch.float32'),
+    (torch.zeros(2, 3), ValueError, r'target of shape \(2, 3\) does not fit logits of shape \(1, 2\)'),
+    (torch.zeros(1, 1), ValueError, r'target of shape \(1, 1\) does not fit'),
+], ids=str)
+def test_bad_targets(target, error, message):
+    with pytest.raises(error, match=message):
+        asymmetric_loss(torch.zeros(1, 2), target)
+
+
+def test_bad_logits_and_parameters():
+    with pytest.raises(TypeError, match='logits must be floating point, got torch.int64'):
+        asymmetric_loss(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2))
+    with pytest.raises(ValueError, match=r'gamma_neg of shape \(3,\) does not fit logits of shape \(1, 2\)'):
+        asymmetric_loss(torch.zeros(1, 2), torch.zeros(1, 2), gamma_neg=torch.ones(3))
+    with pytest.raises(ValueError, match='get no gradient'):
+        asymmetric_loss(torch.zeros(1, 2), torch.zeros(1, 2), gamma_neg=torch.ones(2, requires_grad=True))
+    with pytest.raises(ValueError, match='have no class'):
+        asymmetric_loss(torch.zeros(1, 0), torch.zeros(1, dtype=torch.long))
+
+
+def test_one_tensor_is_saved():
+    for target in (torch.rand(50, 20), torch.randint(21, (50, ))):
+        sizes = []
+        logits = torch.randn(50, 20, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            asymmetric_loss(logits, target, ignore_index=-1, alpha=0.25).sum()
+        assert sizes == [50 * 20]
+
+
+def test_second_derivative_is_refused():
+    logits = torch.randn(3, requires_grad=True)
+    grad, = torch.autograd.grad(asymmetric_loss(logits, torch.ones(3)).sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize('target', [torch.zeros(4, 3, device='meta'),
+                                    torch.zeros(4, dtype=torch.long, device='meta')], ids=['dense', 'labels'])
+def test_no_host_wait(target):
+    """A meta tensor has no values: whatever waits for one raises."""
+    logits = torch.zeros(4, 3, device='meta', requires_grad=True)
+    asymmetric_loss(logits, target, torch.zeros((), device='meta'), ignore_index=-1).sum().backward()
+    assert logits.grad.shape == (4, 3)
+    with pytest.raises(RuntimeError, match='meta'):
+        logits.sum().item()
+
+
+@pytest.fixture
+def compiled():
+    torch._dynamo.reset()
+    yield torch.compile(lambda logits, target, gamma_neg, **kwargs: asymmetric_loss(
+        logits, target, 0., gamma_neg, 0.05, **kwargs), fullgraph=True, backend='aot_eager')
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('target', [torch.rand(8, 3, generator=torch.Generator().manual_seed(7)),
+                                    torch.arange(8) % 4], ids=['dense', 'labels'])
+def test_compiled_is_eager_and_stays_compiled(compiled, target):
+    logits = torch.randn(8, 3, generator=torch.Generator().manual_seed(8))
+    for step in range(4):
+        gamma_neg = torch.tensor(4. - step / 2)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            result = value_and_grad(compiled, logits, target, gamma_neg, ignore_index=3)
+        assert_close(result, value_and_grad(asymmetric_loss, logits, target, 0., gamma_neg, 0.05, ignore_index=3))
+
+
+def test_compiled_out_of_range_target_is_nan(compiled):
+    """Looking would break the graph."""
+    gamma_neg = torch.tensor(4.)
+    assert compiled(torch.zeros(2, 3), torch.full((2, 3), -1.), gamma_neg).isnan().all()
+    assert compiled(torch.zeros(2, 3), torch.tensor([1, 4]), gamma_neg).isnan().any(1).tolist() == [False, True]
