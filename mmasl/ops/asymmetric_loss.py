@@ -60,12 +60,12 @@ def asymmetric_loss(logits: Tensor,
         raise ValueError('gamma_pos, gamma_neg and clip get no gradient: detach them')
 
     if target.shape == logits.shape and quality is None:
-        labels = column = None
+        column = None
         ignored = None if ignore_index is None else target == ignore_index
         y = target if ignored is None else target.masked_fill(ignored, 0)
         y = _in_range(y, 1, 'target', 'a hard or soft label between 0 and 1')
     elif logits.dim() and target.shape == logits.shape[:-1]:
-        labels, column, ignored, y = _read_labels(target, quality, logits, ignore_index)
+        column, ignored, y = _read_labels(target, quality, logits, ignore_index)
     else:
         raise ValueError(f'target of shape {tuple(target.shape)} does not fit logits of shape {tuple(logits.shape)}: '
                          'give dense targets of the same shape, or one integer label a row')
@@ -94,7 +94,8 @@ class _AsymmetricLoss(torch.autograd.Function):
         loss = _mix(loss, pos_loss, y, column, ignored, alpha)
         if need_grad:
             ctx.save_for_backward(_mix(grad, pos_grad, y, column, ignored, alpha))
-        return loss
+        # torch 2.11 compiles a wrong gradient where forward returns what it changed in place (pytorch issue 180642).
+        return loss.clone() if torch.compiler.is_compiling() else loss
 
     @staticmethod
     @once_differentiable
