@@ -40,7 +40,7 @@ if ! install_mmcv "$cache" && ! { [ -n "${MMCV_WHEELS:-}" ] && install_mmcv "$MM
         -w "$cache" onedl-mmcv 2>&1 | tee "$cache/build.log" |
         awk 'match($0, /\[[0-9]+\/[0-9]+\]/) { printf "\r%s", substr($0, RSTART, RLENGTH); fflush() } END { print "" }' || {
         tail -n 30 "$cache/build.log" >&2
-        echo "mmcv did not compile: a C++17 compiler is needed; the whole log is $cache/build.log" >&2
+        echo "mmcv did not compile. It needs a C++17 compiler and the Python headers; the whole log is $cache/build.log" >&2
         exit 1
     }
     install_mmcv "$cache"
