@@ -1,0 +1,182 @@
+"""The module as MMDetection and MMPretrain call it."""
+import pytest
+import torch
+import torch.nn.functional as F
+from mmdet.models.losses.focal_loss import FocalLoss, py_sigmoid_focal_loss
+from torch.testing import assert_close
+from torchvision.ops import sigmoid_focal_loss
+
+from mmasl import AsymmetricLoss
+from mmasl.ops import asymmetric_loss
+
+CE = dict(gamma_pos=0, gamma_neg=0, clip=0)
+FOCAL = dict(gamma_pos=2, gamma_neg=2, clip=0)
+
+
+@pytest.fixture
+def logits():
+    return torch.randn(12, 5, generator=torch.Generator().manual_seed(0)) * 4
+
+
+@pytest.fixture
+def target():
+    return torch.randint(2, (12, 5), generator=torch.Generator().manual_seed(1)).float()
+
+
+@pytest.fixture
+def labels():
+    return torch.arange(12) % 6
+
+
+def with_grad(loss, logits, *args, **kwargs):
+    logits = logits.clone().requires_grad_()
+    value = loss(logits, *args, **kwargs)
+    return value.detach(), torch.autograd.grad(value.sum(), logits)[0]
+
+
+@pytest.mark.parametrize('reduction', ['none', 'mean', 'sum'])
+def test_ce_is_torch_bce(logits, target, reduction):
+    soft = target * 0.8 + 0.1
+    for y in (target, soft):
+        assert_close(with_grad(AsymmetricLoss(**CE, reduction=reduction), logits, y),
+                     with_grad(lambda z: F.binary_cross_entropy_with_logits(z, y, reduction=reduction), logits))
+
+
+@pytest.mark.parametrize('reduction', ['none', 'mean', 'sum'])
+@pytest.mark.parametrize('alpha', [None, 0.25, 0.9])
+def test_focal_is_torchvision(logits, target, reduction, alpha):
+    theirs = -1 if alpha is None else alpha
+    assert_close(with_grad(AsymmetricLoss(**FOCAL, alpha=alpha, reduction=reduction), logits, target),
+                 with_grad(lambda z: sigmoid_focal_loss(z, target, theirs, 2, reduction), logits))
+
+
+@pytest.mark.parametrize('avg_factor', [None, 7, 3.5, torch.tensor(7.), torch.tensor([7])], ids=str)
+@pytest.mark.parametrize('weight', [None, 'row', 'element', 'flat'])
+def test_focal_is_mmdet(logits, labels, weight, avg_factor):
+    weight = {None: None, 'row': torch.rand(12), 'element': torch.rand(12, 5), 'flat': torch.rand(60)}[weight]
+    one_hot = F.one_hot(labels, 6)[:, :5]
+    ours = AsymmetricLoss(**FOCAL, alpha=0.25, loss_weight=0.5)
+    value, grad = with_grad(ours, logits, labels, weight, avg_factor=avg_factor)
+    expected = with_grad(lambda z: 0.5 * py_sigmoid_focal_loss(z, one_hot, weight, avg_factor=avg_factor), logits)
+    assert_close((value, grad), (expected[0].reshape(()), expected[1]))
+    assert_close(with_grad(ours, logits, one_hot, weight, avg_factor=avg_factor), (value, grad))
+    # mmdet's module, through mmcv's compiled kernel.
+    expected = with_grad(FocalLoss(use_sigmoid=True, gamma=2., alpha=0.25, loss_weight=0.5), logits, labels, weight,
+                         avg_factor=avg_factor)
+    assert_close((value, grad), (expected[0].reshape(()), expected[1]))
+
+
+def test_reduction_override_and_shapes(logits, target):
+    loss = AsymmetricLoss()
+    elements = loss(logits, target, reduction_override='none')
+    assert_close(elements, asymmetric_loss(logits, target))
+    assert_close(loss(logits, target), elements.mean())
+    assert_close(loss(logits, target, reduction_override='sum'), elements.sum())
+    assert_close(loss(logits, target, avg_factor=12), elements.sum() / 12)
+    # MultiLabelClsHead always gives avg_factor; the official 'sum' does not divide.
+    assert_close(AsymmetricLoss(reduction='sum')(logits, target, avg_factor=12), elements.sum())
+    assert_close(AsymmetricLoss(reduction='none', loss_weight=3)(logits, target, avg_factor=12), 3 * elements)
+
+
+def test_broadcast_weight():
+    logits, target, weight = torch.randn(2, 6, 4), torch.rand(2, 6, 4), torch.rand(2, 6, 1)
+    loss = AsymmetricLoss(reduction='sum')
+    assert_close(loss(logits, target, weight), loss(logits, target, weight.expand(2, 6, 4)))
+    assert_close(loss(logits, target, weight), loss(logits, target, weight[..., 0]))
+
+
+def test_mean_leaves_ignored_elements_out(logits, target, labels):
+    target[3] = target[5, 2] = -1
+    kept = target != -1
+    loss = AsymmetricLoss(ignore_index=-1)
+    assert_close(loss(logits, target), loss(logits[kept], target[kept]))
+    labels[3] = -1
+    assert_close(loss(logits, labels), loss(logits[labels != -1], labels[labels != -1]))
+    assert_close(loss(logits, (labels, torch.ones(12))), loss(logits, labels))
+
+
+@pytest.mark.parametrize('target', [torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)], ids=['dense', 'labels'])
+@pytest.mark.parametrize('kwargs', [{}, dict(avg_factor=0), dict(avg_factor=torch.tensor(0.)), dict(weight=torch.zeros(0))],
+                         ids=str)
+def test_empty_batch_is_zero_with_a_gradient(target, kwargs):
+    value, grad = with_grad(AsymmetricLoss(), torch.zeros(0, 5), target, **kwargs)
+    assert value == 0 and grad.shape == (0, 5)
+
+
+def test_all_ignored_and_no_positives(logits):
+    value, grad = with_grad(AsymmetricLoss(ignore_index=-1), logits, torch.full((12, 5), -1.))
+    assert value == 0 and (grad == 0).all()
+    value, grad = with_grad(AsymmetricLoss(clip=0), logits, torch.full((12, ), 5))
+    assert value.isfinite() and (grad >= 0).all() and grad.any()
+
+
+def test_activated_takes_probabilities(logits, labels):
+    value, grad = with_grad(AsymmetricLoss(activated=True), logits.sigmoid(), labels)
+    expected, expected_grad = with_grad(AsymmetricLoss(), logits, labels)
+    assert_close(value, expected)
+    assert_close(grad * logits.sigmoid() * (-logits).sigmoid(), expected_grad, rtol=1e-4, atol=1e-7)
+    for p in (0., 1.):
+        value, grad = with_grad(AsymmetricLoss(activated=True), torch.full((2, 5), p), torch.tensor([0, 5]))
+        assert value.isfinite() and grad.isfinite().all()
+
+
+def test_parameters_change_in_place_and_stay_float32(logits, target):
+    loss = AsymmetricLoss()
+    assert not loss.state_dict(), 'stock checkpoints must load strictly'
+    loss.gamma_neg.fill_(2.01)
+    loss.clip.zero_()
+    assert_close(loss(logits, target), AsymmetricLoss(gamma_neg=2.01, clip=0)(logits, target))
+    loss.bfloat16().half().double()
+    assert loss.gamma_neg.dtype == torch.float32 and loss.gamma_neg.item() == pytest.approx(2.01)
+    assert loss.to('meta').gamma_neg.is_meta
+
+
+def test_one_value_per_class(logits, target, labels):
+    values = [0., 1, 2, 3, 4]
+    loss = AsymmetricLoss(gamma_neg=values, gamma_pos=values, clip=[0, .1, .2, .3, .4])
+    for y in (target, labels):
+        elements = loss(logits, y, reduction_override='none')
+        for k in range(5):
+            column = y[:, k:k + 1] if y.dim() == 2 else (y == k).float()[:, None]
+            one = AsymmetricLoss(gamma_neg=values[k], gamma_pos=values[k], clip=k / 10, reduction='none')
+            assert_close(elements[:, k:k + 1], one(logits[:, k:k + 1], column))
+    with pytest.raises(ValueError, match=r'gamma_pos of shape \(5,\) does not fit logits of shape \(12, 3\)'):
+        loss(logits[:, :3], target[:, :3])
+
+
+def test_compiled_module_follows_a_hook(logits, target):
+    torch._dynamo.reset()
+    loss = AsymmetricLoss()
+    compiled = torch.compile(loss, fullgraph=True, backend='aot_eager')
+    for step, gamma in enumerate((4., 3.99, 1., 0.)):
+        loss.gamma_neg.fill_(gamma)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            assert_close(with_grad(compiled, logits, target, avg_factor=12),
+                         with_grad(AsymmetricLoss(gamma_neg=gamma), logits, target, avg_factor=12))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(gamma_neg=-1), r'gamma_neg=-1 must be a number in \[0, inf\)'),
+    (dict(gamma_pos=float('nan')), 'gamma_pos=nan'),
+    (dict(gamma_pos=[[1.]]), r'gamma_pos=\[\[1.0\]\]'),
+    (dict(gamma_neg=[]), 'gamma_neg=.*one such number per class'),
+    (dict(clip=1.), r'clip=1.0 must be a number in \[0, 1\)'),
+    (dict(alpha=1.5), 'alpha=1.5 must be between 0 and 1'),
+    (dict(use_sigmoid=False), 'set use_sigmoid=True'),
+    (dict(reduction='batchmean'), "reduction='batchmean' must be one of"),
+    (dict(loss_weight=float('inf')), 'loss_weight=inf'),
+], ids=str)
+def test_bad_settings(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        AsymmetricLoss(**kwargs)
+
+
+def test_bad_calls(logits, target):
+    loss = AsymmetricLoss()
+    with pytest.raises(ValueError, match=r'weight of shape \(4,\) does not fit a loss of shape \(12, 5\)'):
+        loss(logits, target, torch.ones(4))
+    with pytest.raises(ValueError, match=r'avg_factor of shape \(2,\)'):
+        loss(logits, target, avg_factor=torch.ones(2))
+    with pytest.raises(ValueError, match="reduction_override='max'"):
+        loss(logits, target, reduction_override='max')
