@@ -1,5 +1,6 @@
 """Training with the Asymmetric Loss (arXiv 2009.14119) in MMDetection and MMPretrain."""
 from .losses import AsymmetricLoss
+from .metrics import MultiLabelReport
 
 __version__ = '0.1.0'
-__all__ = ['AsymmetricLoss']
+__all__ = ['AsymmetricLoss', 'MultiLabelReport']

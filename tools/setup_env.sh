@@ -26,8 +26,9 @@ version=$(sed -n 's/^onedl-mmcv==//p' constraints.txt)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mmasl/mmcv$version-$key
 mkdir -p "$cache"
 
-install_mmcv() {  # FOLDER: installs the wheel there and sees whether its ops load
-    pip install -c constraints.txt --no-index --find-links "$1" --force-reinstall --no-deps onedl-mmcv 2>/dev/null &&
+install_mmcv() {  # FOLDER: installs the wheel there, if there is one, and sees whether its ops load
+    compgen -G "$1/onedl_mmcv-$version-*.whl" >/dev/null &&
+        pip install -c constraints.txt --no-index --find-links "$1" --force-reinstall --no-deps onedl-mmcv &&
         pip install -c constraints.txt onedl-mmcv &&
         "$VENV/bin/python" -c 'import mmcv._ext' 2>/dev/null
 }

@@ -1,0 +1,412 @@
+"""The metrics against their definitions, scikit-learn, torchmetrics and mmpretrain, and where those differ."""
+import doctest
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from mmengine.evaluator import Evaluator
+from mmengine.registry import DefaultScope
+
+import mmasl.metrics
+from mmasl.metrics import (CHOICES, PRESETS, Conventions, MultiLabelReport, average_precision, count_labels,
+                           multilabel_report, precision_recall_f1, predicted_labels, probability_gap)
+
+SHAPES = [(7, 2), (40, 5), (333, 20)]
+COUNTS = ('CP', 'CR', 'CF1', 'OP', 'OR', 'OF1')
+
+
+def make_data(seed=0, n=60, c=6, ignored=0., levels=None):
+    """Scores and labels that correlate, each class with a positive; ``levels`` < n makes many tied scores."""
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((n, c)) < 0.3).astype(np.int8)
+    scores = rng.random((n, c)) * 0.6 + 0.4 * labels * rng.random((n, c))
+    if levels:
+        scores = (scores * levels).round() / levels
+    labels[rng.random((n, c)) < ignored] = -1
+    labels[0], labels[1] = 1, 0
+    return scores.astype(np.float32), labels
+
+
+def make_samples(scores, labels):
+    return [dict(pred_score=torch.tensor(s), gt_score=torch.tensor(y).float()) for s, y in zip(scores, labels)]
+
+
+def evaluate(metric, scores, labels):
+    """What a metric returns through mmengine's evaluator, without the prefix of the names."""
+    evaluator = Evaluator(metrics=metric)
+    evaluator.process(make_samples(scores, labels))
+    return {name.split('/')[1]: value for name, value in evaluator.evaluate(len(scores)).items()}
+
+
+def sklearn_counts(predicted, labels, cf1, **kwargs):
+    from sklearn.metrics import precision_recall_fscore_support
+    cp, cr, mean_f1, _ = precision_recall_fscore_support(labels, predicted, average='macro', **kwargs)
+    micro = precision_recall_fscore_support(labels, predicted, average='micro', **kwargs)[:3]
+    values = cp, cr, mean_f1 if cf1 == 'mean' else 2 * cp * cr / (cp + cr), *micro
+    return {name: pytest.approx(100 * value, rel=1e-9) for name, value in zip(COUNTS, values)}
+
+
+def ap_by_definition(scores, labels, mode):
+    pairs = [(s, y) for s, y in zip(scores.tolist(), labels.tolist()) if y >= 0]
+    curve = []
+    for threshold in sorted({s for s, _ in pairs}, reverse=True):
+        chosen = [y for s, y in pairs if s >= threshold]
+        curve.append((Fraction(sum(chosen), sum(y for _, y in pairs)), Fraction(sum(chosen), len(chosen))))
+
+    def envelope(recall):
+        return max(precision for r, precision in curve if r >= recall)
+
+    if mode == 'voc2007':
+        return float(sum(envelope(Fraction(k, 10)) for k in range(11)) / 11)
+    steps = zip([Fraction(0)] + [r for r, _ in curve], curve)
+    return float(sum((r - last) * (envelope(r) if mode == 'voc2010' else p) for last, (r, p) in steps))
+
+
+@pytest.mark.parametrize('labels, plain, voc2010, voc2007', [
+    ((1, 0, 1, 0), 5 / 6, 5 / 6, (6 + 5 * 2 / 3) / 11),
+    ((0, 1, 1, 0), 7 / 12, 2 / 3, 2 / 3),
+    ((1, 0, 0, 1), 3 / 4, 3 / 4, (6 + 5 / 2) / 11),
+    ((-1, 1, -1, 1), 1, 1, 1),
+    ((0, 0, 0, 1), 1 / 4, 1 / 4, 1 / 4),
+])
+def test_average_precision_by_hand(labels, plain, voc2010, voc2007):
+    scores = np.array([[0.9], [0.8], [0.7], [0.6]], np.float32)
+    got = [average_precision(scores, np.array(labels)[:, None], mode)[0]
+           for mode in ('non_interpolated', 'voc2010', 'voc2007')]
+    assert got == pytest.approx([plain, voc2010, voc2007], abs=1e-12)
+
+
+@pytest.mark.parametrize('mode', CHOICES['ap_mode'])
+@pytest.mark.parametrize('levels', [None, 5], ids=['distinct', 'tied'])
+@pytest.mark.parametrize('seed', range(3))
+def test_average_precision_by_definition(mode, levels, seed):
+    scores, labels = make_data(seed, n=50, c=4, ignored=0.2, levels=levels)
+    expected = [ap_by_definition(s, y, mode) for s, y in zip(scores.T, labels.T)]
+    np.testing.assert_allclose(average_precision(scores, labels, mode), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize('positives', [3, 7, 10])
+def test_voc2007_recalls_are_exact(positives):
+    # one negative after each positive: in floats, 3 of 10 positives would miss the recall 0.1 * 3
+    labels = np.tile([1, 0], positives)[:, None]
+    scores = np.linspace(1, 0, 2 * positives, dtype=np.float32)[:, None]
+    expected = ap_by_definition(scores[:, 0], labels[:, 0], 'voc2007')
+    assert average_precision(scores, labels, 'voc2007')[0] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('levels', [None, 8], ids=['distinct', 'tied'])
+@pytest.mark.parametrize('seed', range(2))
+def test_average_precision_agrees_with_sklearn_and_torchmetrics(shape, levels, seed):
+    from sklearn.metrics import average_precision_score
+    from torchmetrics.functional.classification import multilabel_average_precision
+    scores, labels = make_data(seed, *shape, levels=levels)
+    expected = [average_precision_score(y, s) for s, y in zip(scores.T, labels.T)]
+    np.testing.assert_allclose(average_precision(scores, labels), expected, rtol=1e-9)
+    scores, labels = make_data(seed, *shape, ignored=0.2, levels=levels)
+    mean = average_precision(scores, labels).mean()
+    theirs = multilabel_average_precision(torch.tensor(scores), torch.tensor(labels).long(), shape[1], ignore_index=-1)
+    assert mean == pytest.approx(theirs.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('cf1', CHOICES['cf1'])
+@pytest.mark.parametrize('k', [None, 3])
+def test_counts_agree_with_sklearn(shape, cf1, k):
+    scores, labels = make_data(1, *shape)
+    ranks = np.argsort(np.argsort(-scores, axis=1), axis=1)
+    expected = sklearn_counts((scores > 0.5) & (ranks < (k or 20)), labels, cf1, zero_division=0)
+    predicted = predicted_labels(scores, 0.5, topk=k)
+    assert precision_recall_f1(*count_labels(predicted, labels), Conventions(cf1=cf1)) == expected
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('average, names', [('macro', COUNTS[:3]), ('micro', COUNTS[3:])])
+def test_counts_agree_with_torchmetrics_and_mmpretrain(shape, average, names):
+    from mmpretrain.evaluation import MultiLabelMetric
+    from torchmetrics.functional.classification import (multilabel_f1_score, multilabel_precision,
+                                                        multilabel_recall)
+    scores, labels = make_data(2, *shape, ignored=0.2)
+    report, _ = multilabel_report(scores, labels, Conventions(cf1='mean'))
+    args = torch.tensor(scores), torch.tensor(labels).long()
+    for function, name in zip((multilabel_precision, multilabel_recall, multilabel_f1_score), names):
+        theirs = function(*args, shape[1], threshold=0.5, average=average, ignore_index=-1)
+        assert report[name] == pytest.approx(100 * theirs.item(), rel=1e-5)
+    theirs = MultiLabelMetric.calculate(*args, thr=0.5, average=average)
+    assert [report[name] for name in names] == pytest.approx([float(v) for v in theirs[:3]], rel=1e-5)
+
+
+def test_cf1_is_harmonic_in_table_8():
+    # CP 87.2 and CR 76.4 of Table 8, split over two classes; their F1 average to 77.2 instead of the printed 81.4
+    counts = np.array([528, 744]), np.array([528, 1000]), np.array([1000, 744])
+    report = precision_recall_f1(*counts, PRESETS['paper'])
+    assert [round(report[name], 1) for name in COUNTS[:3]] == [87.2, 76.4, 81.4]
+    assert round(precision_recall_f1(*counts, PRESETS['official'])['CF1'], 1) == 77.2
+
+
+def test_topk_with_and_without_threshold():
+    # Table 8 counts about 2.1 labels an image: top 3 and above the threshold. Without it each image has exactly 3.
+    scores, labels = make_data(3, 100, 10)
+    both, _ = multilabel_report(scores, labels, Conventions(topk=3, topk_above_threshold=True))
+    only, _ = multilabel_report(scores, labels, Conventions(topk=3, topk_above_threshold=False))
+    assert predicted_labels(scores, topk=3).sum(1).tolist() == [3] * 100
+    assert only['OP_top3'] == pytest.approx(only['OR_top3'] * (labels == 1).sum() / 300)
+    assert both['OP_top3'] > only['OP_top3'] and both['OR_top3'] < only['OR_top3']
+    none, _ = multilabel_report(scores, labels, Conventions(topk=None))
+    assert none == {name: value for name, value in both.items() if 'top' not in name}
+
+
+def test_ties_at_the_threshold_and_the_kth_place():
+    scores = np.array([[0.9, 0.5, 0.5, 0.1]], np.float32)
+    assert predicted_labels(scores, 0.5).tolist() == [[True, False, False, False]]
+    assert predicted_labels(scores, 0.5, inclusive=True).tolist() == [[True, True, True, False]]
+    assert predicted_labels(scores, topk=2).tolist() == [[True, True, True, False]]
+    assert predicted_labels(scores, topk=3).tolist() == [[True, True, True, False]]
+    assert predicted_labels(scores, topk=9).all()
+
+
+def test_tied_scores_do_not_depend_on_the_order_as_in_mmpretrain():
+    from mmpretrain.evaluation import AveragePrecision
+    scores, labels = np.full((4, 1), 0.5, np.float32), np.array([[1], [0], [0], [0]])
+    theirs = [AveragePrecision.calculate(torch.tensor(scores), torch.tensor(y)) for y in (labels, labels[::-1].copy())]
+    assert theirs[0] != theirs[1]
+    assert average_precision(scores, labels) == average_precision(scores, labels[::-1]) == 0.25
+
+
+@pytest.mark.parametrize('levels', [None, 4], ids=['distinct', 'tied'])
+def test_permutation_invariance(levels):
+    scores, labels = make_data(4, 80, 7, ignored=0.1, levels=levels)
+    expected, ap = multilabel_report(scores, labels)
+    rows, columns = np.random.default_rng(0).permutation(80), np.random.default_rng(1).permutation(7)
+    got, got_ap = multilabel_report(scores[rows][:, columns], labels[rows][:, columns])
+    assert got == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_allclose(got_ap, ap[columns], rtol=1e-12)
+
+
+def test_empty_classes():
+    from sklearn.metrics import precision_recall_fscore_support
+    scores, labels = make_data(5, 60, 6)
+    labels[:, 2] = 0
+    kept = [0, 1, 3, 4, 5]
+    for cf1 in CHOICES['cf1']:
+        skip, ap = multilabel_report(scores, labels, Conventions(empty='skip', cf1=cf1))
+        rest, _ = multilabel_report(scores[:, kept], labels[:, kept], Conventions(cf1=cf1))
+        assert [skip[k] for k in ('mAP', 'CP', 'CR', 'CF1')] == [rest[k] for k in ('mAP', 'CP', 'CR', 'CF1')]
+    assert np.isnan(ap).nonzero()[0].tolist() == [2] and skip['OP'] < rest['OP']
+    zero, ap = multilabel_report(scores, labels, Conventions(empty='zero'))
+    assert zero == {**zero, **sklearn_counts(scores > 0.5, labels, 'harmonic', zero_division=0)}
+    assert zero['mAP'] == pytest.approx(skip['mAP'] * 5 / 6) and ap[2] == 0
+    with pytest.raises(ValueError, match=r"no positive label in 1 of 6 classes \('c'\): give empty='skip'"):
+        multilabel_report(scores, labels, Conventions(empty='error'), 'abcdef')
+    with pytest.raises(ValueError, match='no class has a positive label'):
+        multilabel_report(scores, np.zeros_like(labels))
+
+
+def test_class_without_predictions():
+    scores, labels = make_data(6, 60, 5)
+    scores[:, 3] = 0.1
+    for choice, zero_division in (('zero', 0), ('skip', np.nan)):
+        report, _ = multilabel_report(scores, labels, Conventions(no_prediction=choice))
+        expected = sklearn_counts(scores > 0.5, labels, 'harmonic', zero_division=zero_division)
+        assert report == {**report, **expected}
+    report, _ = multilabel_report(np.zeros_like(scores), labels, Conventions(no_prediction='skip'))
+    assert [report[name] for name in COUNTS] == [0] * 6
+
+
+def test_class_with_ignored_labels_only():
+    from mmpretrain.evaluation import AveragePrecision
+    scores, labels = make_data(7, 30, 4)
+    labels[:, 1] = -1
+    with pytest.raises(IndexError):
+        AveragePrecision.calculate(torch.tensor(scores), torch.tensor(labels))
+    report, ap = multilabel_report(scores, labels)
+    rest, _ = multilabel_report(scores[:, [0, 2, 3]], labels[:, [0, 2, 3]], Conventions(topk=None))
+    assert np.isnan(ap[1]) and report == {**report, **rest}
+
+
+def test_probability_gap():
+    scores, labels = np.array([[0.9, 0.3], [0.5, 0.2]]), np.array([[1, 0], [1, -1]])
+    assert probability_gap(scores, labels) == pytest.approx(dict(p_t_pos=0.7, p_t_neg=0.7, gap=0), abs=1e-15)
+    assert np.isnan(probability_gap(scores, np.ones((2, 2)))['gap'])
+
+
+@pytest.fixture
+def preset_data():
+    # scores on the thresholds, ties, ignored labels and a class without positives: all that the presets disagree on
+    scores, labels = make_data(8, 200, 8, ignored=0.1, levels=20)
+    labels[:, 7] = 0
+    assert (scores == np.float32(0.5)).any() and (scores == np.float32(0.8)).any()
+    return scores, labels
+
+
+def test_preset_paper(preset_data):
+    scores, labels = preset_data
+    report = evaluate(dict(type='mmasl.MultiLabelReport', preset='paper'), scores, labels)
+    best = (scores[:, :, None] < scores[:, None]).sum(2) < 3
+    for predicted, suffix in ((scores > 0.5, ''), ((scores > 0.5) & best, '_top3')):
+        predicted = predicted & (labels >= 0)
+        by_class = sklearn_counts(predicted[:, :7], labels[:, :7] == 1, 'harmonic')
+        overall = sklearn_counts(predicted, labels == 1, 'harmonic', zero_division=0)
+        assert [report[name + suffix] for name in COUNTS[:3]] == [by_class[name] for name in COUNTS[:3]]
+        assert [report[name + suffix] for name in COUNTS[3:]] == [overall[name] for name in COUNTS[3:]]
+    assert report['mAP'] == pytest.approx(100 * average_precision(scores[:, :7], labels[:, :7]).mean())
+
+
+def test_preset_official(preset_data):
+    scores, labels = preset_data
+    report = evaluate(MultiLabelReport('official'), scores, labels)
+    predicted = (scores > np.float32(0.8)) & (labels >= 0)
+    assert report == {**report, **sklearn_counts(predicted, labels == 1, 'mean', zero_division=0)}
+    assert report['mAP'] == pytest.approx(100 * average_precision(scores[:, :7], labels[:, :7]).sum() / 8)
+
+
+def test_preset_ml_gcn(preset_data):
+    scores, labels = preset_data
+    with pytest.raises(ValueError, match='no positive label in 1 of 8 classes'):
+        evaluate(MultiLabelReport('ml_gcn'), scores, labels)
+    scores, labels = scores[:, :7], labels[:, :7]
+    report = evaluate(MultiLabelReport('ml_gcn'), scores, labels)
+    # its counts take difficult labels for negatives, its average precision leaves them out
+    assert report == {**report, **sklearn_counts(scores >= 0.5, labels == 1, 'harmonic')}
+    assert report['mAP'] == pytest.approx(100 * average_precision(scores, labels).mean())
+    best = (scores >= 0.5) & ((scores[:, :, None] < scores[:, None]).sum(2) < 3)
+    assert report['OP_top3'] == sklearn_counts(best, labels == 1, 'harmonic')['OP']
+
+
+def test_preset_mmpretrain():
+    from mmpretrain.evaluation import AveragePrecision, MultiLabelMetric
+    scores, labels = make_data(9, 200, 8, ignored=0.1)
+    np.fill_diagonal(scores, 0.5)
+    labels[:, 2] = 0
+    report = evaluate(MultiLabelReport('mmpretrain'), scores, labels)
+    theirs = [MultiLabelMetric(thr=0.5), MultiLabelMetric(thr=0.5, average='micro'), MultiLabelMetric(topk=3),
+              MultiLabelMetric(topk=3, average='micro'), AveragePrecision()]
+    expected = [v for metric in theirs for v in evaluate(metric, scores, labels).values()]
+    got = [report[name + k] for k in ('', '_top3') for name in COUNTS] + [report['mAP']]
+    assert got == pytest.approx(expected, rel=1e-5)
+    # given both, mmpretrain's metric takes the threshold and forgets k
+    assert evaluate(MultiLabelMetric(thr=0.5, topk=3), scores, labels) == evaluate(theirs[0], scores, labels)
+
+
+def test_explicit_arguments_override_the_preset():
+    metric = MultiLabelReport('official', threshold=0.3, topk=5)
+    assert metric.conventions == Conventions(threshold=0.3, cf1='mean', empty='zero', topk=5)
+
+
+def test_reads_what_the_stock_head_returns():
+    from mmpretrain.models import MultiLabelClsHead
+    from mmpretrain.structures import DataSample
+    logits, labels = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), make_data(0, 20, 4)[1]
+    expected = evaluate(MultiLabelReport(), logits.sigmoid().numpy(), labels)
+    for pack in (lambda y: DataSample().set_gt_score(y), lambda y: DataSample().set_gt_label(y.nonzero()[0])):
+        with DefaultScope.overwrite_default_scope('mmpretrain'):
+            evaluator = Evaluator(metrics=dict(type='mmasl.MultiLabelReport'))
+        evaluator.dataset_meta = dict(classes=('a', 'b', 'c', 'd'))
+        evaluator.process(MultiLabelClsHead().predict((logits, ), [pack(y) for y in labels]))
+        assert {k.split('/')[1]: v for k, v in evaluator.evaluate(20).items()} == expected
+
+
+def test_ignore_index_and_half_precision():
+    scores, labels = make_data(10, 30, 4, ignored=0.2, levels=8)
+    samples = [dict(pred_score=torch.tensor(s).bfloat16(), gt_score=np.where(y < 0, 3, y))
+               for s, y in zip(scores, labels)]
+    metric = MultiLabelReport(ignore_index=3, prefix='x')
+    metric.process(None, samples)
+    expected, _ = multilabel_report(torch.tensor(scores).bfloat16().float().numpy(), labels)
+    assert metric.evaluate(30) == {f'x/{name}': value for name, value in expected.items()}
+
+
+def test_per_class_values_and_table(monkeypatch):
+    scores, labels = make_data(11, 40, 3)
+    labels[:, 1] = 0
+    metric = MultiLabelReport(per_class=True)
+    metric.dataset_meta = dict(classes=('cat', 'traffic light', 'dog'))
+    messages = []
+    monkeypatch.setattr(mmasl.metrics, 'print_log', lambda message, *_: messages.append(message))
+    report = evaluate(metric, scores, labels)
+    ap = 100 * average_precision(scores, labels)
+    assert {k: v for k, v in report.items() if k.startswith('AP_')} == {'AP_cat': ap[0], 'AP_dog': ap[2]}
+    assert messages[0] == "no positive label in 1 of 3 classes ('traffic light'): left out of the class means"
+    assert [line.split()[-2:] for line in messages[1].splitlines()[2:]] == [
+        [str((labels[:, c] == 1).sum()), f'{ap[c]:.2f}'] for c in range(3)]
+
+
+GOOD = dict(pred_score=torch.tensor([0.1, 0.2]), gt_label=[0], img_path='a.jpg')
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(pred_score=torch.tensor([0.1, float('nan')])), r'sample a.jpg, class 1 \(dog\): pred_score nan .* diverged'),
+    (dict(pred_score=torch.tensor([3., 0.])), r'class 0 \(cat\): pred_score 3.0 .* logits need a sigmoid'),
+    (dict(pred_score=torch.rand(3)), r"sample a.jpg: pred_score has shape \(3,\), expected \(2,\): .*num_classes"),
+    (dict(gt_score=torch.ones(3)), r'sample a.jpg: gt_score has shape \(3,\), expected \(2,\)'),
+    (dict(gt_score=torch.tensor([0.3, 1])), r'class 0 \(cat\): gt_score 0.3\d* is none of 0, 1 and ignore_index=-1'),
+    (dict(gt_label=[0, 2]), r'sample a.jpg: gt_label \[0, 2\] must lie in 0 ... 1'),
+    (dict(gt_label=[-1]), r'gt_label \[-1\] must lie in 0 ... 1'),
+])
+def test_refuses_bad_samples_at_once(change, message):
+    metric = MultiLabelReport()
+    metric.dataset_meta = dict(classes=('cat', 'dog'))
+    with pytest.raises(ValueError, match=message):
+        metric.process(None, [GOOD, {**GOOD, **change}])
+    assert metric.results == []
+
+
+def test_refuses_missing_fields_and_other_lengths():
+    metric = MultiLabelReport()
+    with pytest.raises(ValueError, match='no samples'):
+        metric.evaluate(0)
+    with pytest.raises(ValueError, match='sample 0 has no pred_score: use a head'):
+        metric.process(None, [dict(gt_label=[0])])
+    with pytest.raises(ValueError, match='sample a.jpg has neither gt_score nor gt_label'):
+        metric.process(None, [dict(pred_score=torch.rand(2), img_path='a.jpg')])
+    metric.process(None, [GOOD])
+    with pytest.raises(ValueError, match=r'sample 1: pred_score has shape \(3,\), expected \(2,\)'):
+        metric.process(None, [dict(pred_score=torch.rand(3), gt_label=[])])
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(preset='coco'), "preset='coco' is unknown; valid: 'paper', 'ml_gcn', 'official', 'mmpretrain'"),
+    (dict(cf1='macro'), "cf1='macro' is unknown; valid: 'harmonic', 'mean'"),
+    (dict(thr=0.5), "argument='thr' is unknown; valid: 'ap_mode', 'threshold'"),
+    (dict(threshold=50), 'threshold=50 is not a probability'),
+    (dict(topk=0), 'topk=0 is not a positive integer'),
+    (dict(ignore_index=0), 'ignore_index=0 is itself a label'),
+])
+def test_refuses_unknown_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MultiLabelReport(**arguments)
+
+
+def test_functions_refuse_bad_arguments():
+    scores, labels = make_data()
+    with pytest.raises(ValueError, match="mode='11points' is unknown; valid: 'non_interpolated'"):
+        average_precision(scores, labels, '11points')
+    with pytest.raises(ValueError, match="ignored='drop' is unknown; valid: 'skip', 'negative'"):
+        count_labels(scores > 0.5, labels, 'drop')
+    with pytest.raises(ValueError, match=r'scores \(60, 6\) and labels \(60, 5\)'):
+        multilabel_report(scores, labels[:, 1:])
+
+
+def evaluate_on_rank(rank, folder):
+    torch.distributed.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
+    samples = make_samples(*make_data(12, 21, 3, levels=6))
+    metric = MultiLabelReport(collect_dir=f'{folder}/parts')
+    # as DistributedSampler deals them: alternating, and the first sample once more to fill up
+    metric.process(None, (samples + samples[:1])[rank::2])
+    torch.save(metric.evaluate(21), f'{folder}/{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_agree_with_one(tmp_path):
+    torch.multiprocessing.spawn(evaluate_on_rank, (str(tmp_path), ), nprocs=2)
+    metric = MultiLabelReport()
+    metric.process(None, make_samples(*make_data(12, 21, 3, levels=6)))
+    assert torch.load(tmp_path / '0.pt') == torch.load(tmp_path / '1.pt') == metric.evaluate(21)
+
+
+def test_docstring_example():
+    result = doctest.testmod(mmasl.metrics)
+    assert result.attempted > 2 and result.failed == 0
