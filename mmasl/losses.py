@@ -163,5 +163,5 @@ def _as_element_weight(weight: Tensor, loss: Tensor) -> Tensor:
         return weight.view_as(loss)
     if weight.dim() == loss.dim() and all(w in (1, n) for w, n in zip(weight.shape, loss.shape)):
         return weight
-    raise ValueError(f'weight of shape {tuple(weight.shape)} does not fit a loss of shape {tuple(loss.shape)}: give one '
-                     'per row, one per element, or one flat list of all elements')
+    raise ValueError(f'weight of shape {tuple(weight.shape)} does not fit a loss of shape {tuple(loss.shape)}: give '
+                     'one per row, one per element, or one flat list of all elements')

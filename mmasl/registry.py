@@ -9,5 +9,6 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmasl', locations=['mmasl.losses'])
-DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mmasl', locations=['mmasl.datasets.coco', 'mmasl.datasets.voc'])
+DATASETS = Registry(
+    'dataset', parent=MMENGINE_DATASETS, scope='mmasl', locations=['mmasl.datasets.coco', 'mmasl.datasets.voc'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='mmasl', locations=['mmasl.metrics'])

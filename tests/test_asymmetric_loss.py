@@ -165,7 +165,8 @@ def test_labels_are_one_hot_targets(setting, detach, shape):
     labels = torch.randint(shape[-1] + 1, shape[:-1], generator=generator)
     quality = torch.rand(shape[:-1], generator=generator)
     one_hot = (labels.unsqueeze(-1) == torch.arange(shape[-1])).float()
-    for target, dense in ((labels, one_hot), (labels.int(), one_hot), ((labels, quality), one_hot * quality[..., None])):
+    for target, dense in ((labels, one_hot), (labels.int(), one_hot),
+                          ((labels, quality), one_hot * quality[..., None])):
         assert_close(value_and_grad(asymmetric_loss, logits, target, *setting, detach, cotangent=cotangent),
                      value_and_grad(asymmetric_loss, logits, dense, *setting, detach, cotangent=cotangent),
                      rtol=1e-6, atol=1e-8)

@@ -96,8 +96,8 @@ def test_mean_leaves_ignored_elements_out(logits, target, labels):
 
 
 @pytest.mark.parametrize('target', [torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)], ids=['dense', 'labels'])
-@pytest.mark.parametrize('kwargs', [{}, dict(avg_factor=0), dict(avg_factor=torch.tensor(0.)), dict(weight=torch.zeros(0))],
-                         ids=str)
+@pytest.mark.parametrize('kwargs', [{}, dict(avg_factor=0), dict(avg_factor=torch.tensor(0.)),
+                                    dict(weight=torch.zeros(0))], ids=str)
 def test_empty_batch_is_zero_with_a_gradient(target, kwargs):
     value, grad = with_grad(AsymmetricLoss(), torch.zeros(0, 5), target, **kwargs)
     assert value == 0 and grad.shape == (0, 5)

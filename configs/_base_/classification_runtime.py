@@ -1,0 +1,5 @@
+_base_ = 'mmpretrain::_base_/default_runtime.py'
+custom_imports = dict(imports=['mmasl'], allow_failed_imports=False)
+
+# Keep the last and the best checkpoint: one takes 0.5 GB with Adam's state.
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=1, save_best='multi-label/mAP'))

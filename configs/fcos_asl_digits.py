@@ -1,0 +1,16 @@
+# A small FCOS on the digits, with ASL in place of the focal loss; the choices are those of fcos_asl_coco.py.
+_base_ = './fcos_focal_digits.py'
+
+# detach_focusing: the gradient of Eq. 8.
+model = dict(
+    bbox_head=dict(
+        loss_cls=dict(
+            _delete_=True,
+            type='mmasl.AsymmetricLoss',
+            use_sigmoid=True,
+            gamma_pos=1.0,
+            gamma_neg=2.0,
+            clip=0.0,
+            alpha=0.25,
+            detach_focusing=False,
+            loss_weight=1.0)))

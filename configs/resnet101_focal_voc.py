@@ -1,0 +1,15 @@
+# ResNet-101 at 448 px with the focal loss (gamma 2, no alpha: Eq. 3) of arXiv 2009.14119.
+_base_ = './resnet101_bce_voc.py'
+
+# detach_focusing: the gradient of Eq. 8, through the focusing weight.
+model = dict(
+    head=dict(
+        loss=dict(
+            _delete_=True,
+            type='mmasl.AsymmetricLoss',
+            use_sigmoid=True,
+            gamma_pos=2.0,
+            gamma_neg=2.0,
+            clip=0.0,
+            detach_focusing=False,
+            reduction='mean')))

@@ -1,0 +1,174 @@
+"""Training runs as processes of tools/train.py: side by side, watched, resumed, and read back from what they write."""
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmengine.config import Config
+
+TRAIN = Path(__file__).parents[1] / 'tools' / 'train.py'
+PROGRESS = re.compile(r'Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: ([\d:]+(?: days?, [\d:]+)?)')
+
+
+@dataclass
+class Run:
+    """One training: a config, a work directory, and overrides as ``--cfg-options`` takes them.
+
+    A finished run is not trained again, an interrupted one is resumed, and one whose settings have changed since is
+    refused.
+    """
+    config: str
+    work_dir: str
+    options: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._folder = Path(self.work_dir)
+
+    @property
+    def name(self) -> str:
+        return self._folder.name
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has been trained to its end with these settings.
+
+        Raises:
+            SystemExit: The folder holds a run of other settings.
+        """
+        stamp = self._folder / 'run.json'
+        if not stamp.exists():
+            return False
+        state = json.loads(stamp.read_text())
+        if state['settings'] != self._settings():
+            raise SystemExit(f'{self.work_dir} holds a run of {self.config} with other settings than now: remove the folder, '
+                             'or choose another work dir')
+        return state['finished']
+
+    def start(self, threads: int) -> subprocess.Popen:
+        """Train, or go on training, with its output in ``work_dir/train.txt``."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._stamp(finished=False)
+        options = [f'{key}={value}' for key, value in self.options.items()]
+        command = [sys.executable, str(TRAIN), self.config, '--work-dir', self.work_dir, '--resume']
+        if options:
+            command += ['--cfg-options', *options]
+        env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'}
+        with open(self._folder / 'train.txt', 'a') as output:
+            return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
+
+    def finish(self) -> None:
+        self._stamp(finished=True)
+
+    def progress(self) -> str:
+        """Where the run is: epoch, time left and the last value of every figure of the last evaluation."""
+        steps = PROGRESS.findall(self.tail(20000))
+        if not steps:
+            return 'starting'
+        epoch, step, steps_per_epoch, eta = steps[-1]
+        text = f'epoch {epoch}  step {step}/{steps_per_epoch}  {eta} left'
+        evaluations = self.evaluations()
+        if evaluations:
+            last = evaluations[-1]
+            text += ''.join(f'  {key.split("/")[1]} {last[key]:.3g}'
+                            for key in ('multi-label/mAP', 'coco/bbox_mAP', 'accuracy/top1') if key in last)
+        return text
+
+    def tail(self, size: int) -> str:
+        """The end of the run's output."""
+        path = self._folder / 'train.txt'
+        return path.read_bytes()[-size:].decode(errors='replace') if path.exists() else ''
+
+    def evaluations(self) -> list[dict]:
+        """Every evaluation so far, by epoch ('step'), from the scalars that MMEngine writes."""
+        rows = {}
+        for path in sorted(self._folder.glob('*/vis_data/scalars.json')):
+            for line in path.read_text().splitlines():
+                row = json.loads(line)
+                if 'iter' not in row:
+                    rows[row['step']] = row
+        return [rows[step] for step in sorted(rows)]
+
+    def checkpoint(self) -> str:
+        """The last checkpoint."""
+        return (self._folder / 'last_checkpoint').read_text().strip()
+
+    def _settings(self) -> str:
+        cfg = Config.fromfile(self.config)
+        cfg.merge_from_dict(dict(self.options))
+        return hashlib.sha256(json.dumps(cfg.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
+
+    def _stamp(self, finished: bool) -> None:
+        stamp = dict(config=self.config, options=self.options, settings=self._settings(), finished=finished)
+        (self._folder / 'run.json').write_text(json.dumps(stamp, indent=2) + '\n')
+
+
+def train(runs: Sequence[Run], jobs: int | None = None) -> None:
+    """Train what is not finished yet, ``jobs`` at a time (one per two cores at least), and show the progress.
+
+    Raises:
+        SystemExit: A run failed; the others are stopped, and resume at the next call.
+    """
+    cores = len(os.sched_getaffinity(0))
+    waiting = [run for run in runs if not run.finished]
+    jobs = max(1, min(jobs or cores, len(waiting)))
+    running: dict[str, tuple[Run, subprocess.Popen]] = {}
+    board = _Board()
+    # A plain kill would leave the trainings running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                running[run.work_dir] = run, run.start(threads=max(1, cores // jobs))
+            time.sleep(1)
+            for run, process in list(running.values()):
+                if process.poll() is None:
+                    continue
+                del running[run.work_dir]
+                if process.returncode:
+                    raise SystemExit(f'{run.name} failed (exit {process.returncode}); the end of '
+                                     f'{run.work_dir}/train.txt:\n{run.tail(3000)}')
+                run.finish()
+                board.say(f'{run.name}: done')
+            board.show([f'{run.name}: {run.progress()}' for run, _ in running.values()]
+                       + [f'{run.name}: waiting' for run in waiting])
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+
+
+class _Board:
+    """Lines that are redrawn in place on a terminal, and printed now and then elsewhere."""
+
+    def __init__(self, interval: float = 20.) -> None:
+        self.live = sys.stdout.isatty()
+        self.interval = interval
+        self.height = 0
+        self.shown = time.monotonic()
+
+    def say(self, line: str) -> None:
+        self._clear()
+        print(line, flush=True)
+
+    def show(self, lines: list[str]) -> None:
+        if self.live:
+            self._clear()
+            print('\n'.join(lines), flush=True)
+            self.height = len(lines)
+        elif time.monotonic() - self.shown > self.interval:
+            print('\n'.join(line for line in lines if not line.endswith('waiting')), flush=True)
+            self.shown = time.monotonic()
+
+    def _clear(self) -> None:
+        if self.height:
+            print(f'\x1b[{self.height}F\x1b[J', end='')
+            self.height = 0

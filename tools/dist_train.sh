@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Train with several processes, one a GPU; on the CPU where there is no GPU.
+# Several machines: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each.
+set -euo pipefail
+if [ $# -lt 2 ]; then
+    echo "usage: $0 CONFIG GPUS [flags of train.py]" >&2
+    exit 2
+fi
+exec "${PYTHON:-python}" -m torch.distributed.run --nproc_per_node="$2" \
+    --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" \
+    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \
+    "$(dirname "$0")/train.py" "$1" --launcher pytorch "${@:3}"

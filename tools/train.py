@@ -1,0 +1,133 @@
+"""Train a detector of MMDetection or a classifier of MMPretrain from its config."""
+import argparse
+import os.path as osp
+import sys
+from collections.abc import Iterator
+from urllib.error import URLError
+
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from mmasl.cli import (build_runner, check_data, load_config, make_parser, parse_args, require_file, require_gpu,
+                       set_dataloader_defaults)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='continue from a checkpoint, or from the last one in the work dir')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help='scale the learning rate by total batch size / auto_scale_lr.base_batch_size')
+    parser.add_argument('--no-validate', action='store_true', help='do not evaluate while training')
+    return parser
+
+
+def configure(args: argparse.Namespace) -> Config:
+    """The config that the flags describe, checked as far as is possible without building anything."""
+    cfg = load_config(args)
+    if args.amp:
+        enable_amp(cfg.optim_wrapper)
+    elif cfg.optim_wrapper.get('type') == 'AmpOptimWrapper':
+        require_gpu("optim_wrapper.type='AmpOptimWrapper'")
+    if args.auto_scale_lr:
+        enable_auto_scale_lr(cfg)
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    set_resume(cfg, args.resume)
+    if cfg.get('load_from'):
+        require_file(cfg.load_from, 'checkpoint')
+    for path in pretrained_files(cfg.model):
+        require_file(path, 'file of pretrained weights')
+    check_data(cfg, 'train', 'val')
+    set_dataloader_defaults(cfg, 'train', 'val', 'test')
+    return cfg
+
+
+def enable_amp(optim_wrapper: dict) -> None:
+    if optim_wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise SystemExit(f"--amp replaces OptimWrapper, but optim_wrapper.type is '{optim_wrapper.type}'")
+    optim_wrapper.type = 'AmpOptimWrapper'
+    optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def enable_auto_scale_lr(cfg: Config) -> None:
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        raise SystemExit('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config: '
+                         'the total batch size that its learning rate is meant for')
+    schedulers = cfg.get('param_scheduler') or []
+    for scheduler in schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]:
+        if str(scheduler.get('type')).startswith('OneCycle'):
+            raise SystemExit('--auto-scale-lr has no effect on OneCycleLR, which takes the learning rate from its '
+                             'eta_max: set param_scheduler.eta_max instead')
+    cfg.auto_scale_lr.enable = True
+
+
+def set_resume(cfg: Config, resume: str | None) -> None:
+    """Name the checkpoint to resume from in ``cfg.load_from``; without one in the work dir, start anew and say so."""
+    resume = resume or (cfg.get('resume') and (cfg.get('load_from') or 'auto'))
+    if resume == 'auto':
+        resume = last_checkpoint(cfg.work_dir)
+        if resume is None:
+            print(f'Nothing to resume: {cfg.work_dir} holds no checkpoint. Training starts anew.', file=sys.stderr)
+    cfg.resume = bool(resume)
+    if resume:
+        cfg.load_from = resume
+
+
+def last_checkpoint(work_dir: str) -> str | None:
+    """The checkpoint that ``work_dir/last_checkpoint`` names, looked for in the folder first, which may have moved."""
+    record = osp.join(work_dir, 'last_checkpoint')
+    if not osp.isfile(record):
+        return None
+    with open(record) as file:
+        named = file.read().strip()
+    beside = osp.join(work_dir, osp.basename(named))
+    return beside if osp.isfile(beside) else named
+
+
+def pretrained_files(model: dict) -> Iterator[str]:
+    """Checkpoints that ``init_cfg`` entries anywhere in a model's config name."""
+    for value in model.values() if isinstance(model, dict) else model:
+        if isinstance(value, (dict, list, tuple)):
+            yield from pretrained_files(value)
+    if isinstance(model, dict) and model.get('type') == 'Pretrained':
+        yield model['checkpoint']
+
+
+class ScheduleCheck(Hook):
+    """Refuses to resume with another schedule length.
+
+    A checkpoint restores the end of every schedule. With more epochs than before the learning rate would reach its
+    end early and stay there, without a word.
+    """
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        schedulers, states = runner.param_schedulers or [], checkpoint.get('param_schedulers', [])
+        if isinstance(schedulers, dict):
+            schedulers, states = sum(schedulers.values(), []), sum(states.values(), [])
+        for scheduler, state in zip(schedulers, states):
+            for key in ('end', 'total_steps'):
+                now, then = getattr(scheduler, key, None), state.get(key)
+                if now != then:
+                    raise SystemExit(
+                        f'{type(scheduler).__name__} has {key}={now} by the config but {key}={then} in the checkpoint, '
+                        'and the learning rate would follow the checkpoint. Resume with its number of epochs, batch '
+                        'size and number of processes, or start a new run from its weights: '
+                        '--cfg-options load_from=CHECKPOINT, without --resume.')
+
+
+def main() -> None:
+    cfg = configure(parse_args(build_parser()))
+    runner = build_runner(cfg)
+    if cfg.resume:
+        runner.register_hook(ScheduleCheck())
+    try:
+        runner.train()
+    except URLError as error:
+        raise SystemExit(f'Pretrained weights could not be downloaded ({error}): set init_cfg.checkpoint in the model '
+                         'to a file, or train from scratch with --cfg-options model.backbone.init_cfg=None') from None
+
+
+if __name__ == '__main__':
+    main()
