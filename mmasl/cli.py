@@ -23,9 +23,10 @@ SOURCES = {  # pattern in the path of a missing file: where to get it
             '  annotations_trainval2014.zip (http://images.cocodataset.org/annotations/) in data/coco/.',
     'VOC2007': 'VOC 2007: unpack VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar\n'
                '  (http://host.robots.ox.ac.uk/pascal/VOC/voc2007/) in data/; they create data/VOCdevkit/VOC2007/.',
-    'digits': 'Digits: python tools/make_digits.py data/digits'}
-NO_DOWNLOAD = ('Without any download: python tools/make_digits.py data/digits, then configs/fcos_asl_digits.py\n'
-               '  (detection) or configs/resnet_asl_digits.py (classification).')
+    'digits': 'Digits: python tools/make_digits.py data/digits',
+    'glyphs': 'Glyphs: python tools/make_digits.py data/glyphs --single --size 32'}
+NO_DOWNLOAD = ('Without any download: make demo; or python tools/make_digits.py data/digits, then\n'
+               '  configs/fcos_asl_digits.py (detection) or configs/resnet_asl_digits.py (classification).')
 DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')  # these fetch their files themselves
 
 
@@ -85,10 +86,10 @@ def set_dataloader_defaults(cfg: Config, *splits: str) -> None:
             loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
 
 
-def require_file(path: str, what: str) -> None:
+def require_file(path: str, what: str, cure: str = '') -> None:
     """Exit if a local file does not exist; URLs and ``torchvision://`` names pass."""
     if '://' not in path and not osp.isfile(osp.expanduser(path)):
-        raise SystemExit(f'No such {what}: {path} (relative paths start at {os.getcwd()})')
+        raise SystemExit(f'No such {what}: {path} (relative paths start at {os.getcwd()}){cure}')
 
 
 def require_gpu(what: str) -> None:
@@ -100,14 +101,11 @@ def check_data(cfg: Config, *splits: str) -> None:
     """Exit if data that a run needs is missing, with all missing paths and where to get them."""
     missing = {}
     for split in splits:
-        loader, evaluators = cfg.get(f'{split}_dataloader'), cfg.get(f'{split}_evaluator')
-        paths = list(_data_paths(loader.dataset, f'{split}_dataloader.dataset')) if loader else []
-        for number, evaluator in enumerate(evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]):
-            key = f'{split}_evaluator.{number}' if isinstance(evaluators, (list, tuple)) else f'{split}_evaluator'
-            if evaluator and not evaluator.get('backend_args'):
-                paths.append((f'{key}.ann_file', evaluator.get('ann_file')))
-        missing.update((key, path) for key, path in paths
-                       if isinstance(path, str) and '://' not in path and not osp.exists(osp.expanduser(path)))
+        loader = cfg.get(f'{split}_dataloader')
+        paths = dict(_dataset_paths(loader.dataset, f'{split}_dataloader.dataset')) if loader else {}
+        paths |= _evaluator_paths(cfg.get(f'{split}_evaluator'), f'{split}_evaluator')
+        missing |= {key: path for key, path in paths.items()
+                    if '://' not in path and not osp.exists(osp.expanduser(path))}
     if missing:
         cures = [cure for mark, cure in SOURCES.items() if re.search(mark, ' '.join(missing.values()))]
         raise SystemExit('\n'.join([
@@ -117,13 +115,13 @@ def check_data(cfg: Config, *splits: str) -> None:
             NO_DOWNLOAD]))
 
 
-def _data_paths(dataset: dict, key: str) -> Iterator[tuple[str, str]]:
+def _dataset_paths(dataset: dict, key: str) -> Iterator[tuple[str, str]]:
     """(config key, path) of the files and folders of a dataset, and of those that it wraps."""
     if isinstance(dataset.get('datasets'), (list, tuple)):
         for number, inner in enumerate(dataset['datasets']):
-            yield from _data_paths(inner, f'{key}.datasets.{number}')
+            yield from _dataset_paths(inner, f'{key}.datasets.{number}')
     elif isinstance(dataset.get('dataset'), dict):
-        yield from _data_paths(dataset['dataset'], f'{key}.dataset')
+        yield from _dataset_paths(dataset['dataset'], f'{key}.dataset')
     elif not dataset.get('backend_args'):
         root, prefix, kind = dataset.get('data_root') or '', dataset.get('data_prefix'), str(dataset.get('type'))
         parts = {'ann_file': dataset.get('ann_file')}
@@ -136,6 +134,14 @@ def _data_paths(dataset: dict, key: str) -> Iterator[tuple[str, str]]:
             parts = {'data_root': ''}
         for name, part in parts.items():
             yield f'{key}.{name}', osp.join(root, part)
+
+
+def _evaluator_paths(evaluator: dict | list | None, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(evaluator, (list, tuple)):
+        for number, inner in enumerate(evaluator):
+            yield from _evaluator_paths(inner, f'{key}.{number}')
+    elif evaluator and isinstance(evaluator.get('ann_file'), str) and not evaluator.get('backend_args'):
+        yield f'{key}.ann_file', evaluator['ann_file']
 
 
 def build_runner(cfg: Config) -> Runner:

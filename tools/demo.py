@@ -4,7 +4,12 @@ Classification with cross-entropy, focal loss and ASL, and FCOS with focal loss 
 single glyphs. Everything lands in work_dirs/; what is there already is not done again.
 """
 import argparse
+import datetime
+import os
+import platform
+import subprocess
 import threading
+import time
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +26,6 @@ from mmengine.runner import load_checkpoint
 from mmasl.datasets.digits import DigitScenes
 from mmasl.runs import Run, train
 
-OUT = Path('work_dirs/demo')
 LOSSES = {'bce': 'cross-entropy', 'focal': 'focal loss', 'asl': 'ASL'}
 PICTURES = 8
 
@@ -34,7 +38,10 @@ def run_of(config: str) -> Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--jobs', type=int, help='trainings side by side (default: one per core)')
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/demo'),
+                        help='folder of the table, the curves and the pictures (default: %(default)s)')
     args = parser.parse_args()
+    begin = time.monotonic()
 
     print('== data')
     DigitScenes(size=32, single=True, labels_per_image=1).write('data/glyphs')
@@ -48,12 +55,19 @@ def main() -> None:
     detectors = {loss: run_of(f'fcos_{loss}_digits') for loss in ('focal', 'asl')}
     train([*detectors.values(), *classifiers.values()], args.jobs)
 
-    OUT.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     table = render_table(classifiers, detectors)
-    (OUT / 'results.md').write_text(table)
-    plot_curves(classifiers, detectors, OUT / 'curves.png')
-    plot_predictions(classifiers['asl'], detectors['asl'], OUT / 'predictions.png')
-    print(f'\n{table}\nTable, curves and pictures: {OUT}/results.md, curves.png, predictions.png')
+    (args.out / 'results.md').write_text(f'{table}\n{origin(time.monotonic() - begin)}\n')
+    plot_curves(classifiers, detectors, args.out / 'curves.svg')
+    plot_predictions(classifiers['asl'], detectors['asl'], args.out / 'predictions.png')
+    print(f'\n{table}\nTable, curves and pictures: {args.out}/results.md, curves.svg, predictions.png')
+
+
+def origin(seconds: float) -> str:
+    """Where and when the numbers were made."""
+    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    return (f'`make demo` at commit {commit}, {datetime.date.today()}: {os.cpu_count()} cores {platform.machine()}, torch '
+            f'{torch.__version__}, {seconds / 60:.1f} minutes.')
 
 
 def render_table(classifiers: dict[str, Run], detectors: dict[str, Run]) -> str:

@@ -38,7 +38,8 @@ def configure(args: argparse.Namespace) -> Config:
     if cfg.get('load_from'):
         require_file(cfg.load_from, 'checkpoint')
     for path in pretrained_files(cfg.model):
-        require_file(path, 'file of pretrained weights')
+        require_file(path, 'file of pretrained weights', ': train it first (that of the digits with configs/'
+                     'resnet_ce_glyphs.py), or leave it out with --cfg-options model.backbone.init_cfg=None')
     check_data(cfg, 'train', 'val')
     set_dataloader_defaults(cfg, 'train', 'val', 'test')
     return cfg

@@ -3,7 +3,8 @@
 dataset_type = 'CocoDataset'
 data_root = 'data/digits/'
 # In the order of the annotation files.
-metainfo = dict(classes=tuple(f'{color} {digit}' for color in ('red', 'green', 'blue', 'yellow') for digit in range(10)))
+metainfo = dict(
+    classes=tuple(f'{color} {digit}' for color in ('red', 'green', 'blue', 'yellow') for digit in range(10)))
 
 train_dataloader = dict(
     batch_size=32,

@@ -1,6 +1,6 @@
 # Scenes of handwritten digits: 12,000 and 2,000 images of 64 px, 40 classes (10 digits in 4 colours), 2.5 objects each.
 # Made by: python tools/make_digits.py data/digits
-data_preprocessor = dict(mean=[0., 0., 0.], std=[255., 255., 255.], to_rgb=True)
+data_preprocessor = dict(num_classes=40, mean=[0., 0., 0.], std=[255., 255., 255.], to_rgb=True)
 
 train_dataloader = dict(
     batch_size=64,
