@@ -12,8 +12,9 @@ $(VENV)/.installed: setup.py constraints.txt tools/setup_env.sh
 demo: setup
 	$(PY) tools/demo.py
 
+# One torch thread a worker: two busy cores are slower with more.
 test: setup
-	$(PY) -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m "not slow"
 
 test-slow: setup
-	$(PY) -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow

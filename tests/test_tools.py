@@ -407,7 +407,6 @@ test_evaluator = val_evaluator
             *(f'{split}_dataloader.dataset.pipeline.1.scale=(64,64)' for split in ('val', 'test'))]
 
 
-@pytest.mark.slow
 def test_classifier_trains_resumes_and_tests(classifier):
     python('train', 'tiny.py', '--work-dir', 'w', *classifier)
     python('train', 'tiny.py', '--work-dir', 'again', '--resume', 'w/epoch_1.pth', *classifier)
@@ -425,7 +424,6 @@ def test_classifier_trains_resumes_and_tests(classifier):
     assert [len(prediction['pred_score']) for prediction in predictions] == [10] * 4
 
 
-@pytest.mark.slow
 def test_detector_trains_resumes_and_tests(detector):
     python('train', 'tiny.py', '--work-dir', 'w', '--auto-scale-lr', *detector, 'train_cfg.max_epochs=1')
     assert scalars('w', 'lr')[0] == pytest.approx(0.01 / 3 * 2 / 16)
