@@ -147,8 +147,10 @@ class AsymmetricLoss(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        values = {name: getattr(self, name).tolist() for name in ('gamma_pos', 'gamma_neg', 'clip')}
-        return ', '.join(f'{key}={value}' for key, value in values.items()) + (
+        def plain(x: Tensor) -> float | list[float]:
+            return [plain(value) for value in x] if x.dim() else round(x.item(), 6)
+
+        return ', '.join(f'{name}={plain(getattr(self, name))}' for name in ('gamma_pos', 'gamma_neg', 'clip')) + (
             f', alpha={self.alpha}, detach_focusing={self.detach_focusing}, reduction={self.reduction}, '
             f'loss_weight={self.loss_weight}, ignore_index={self.ignore_index}')
 

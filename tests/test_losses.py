@@ -144,6 +144,11 @@ def test_one_value_per_class(logits, target, labels):
         loss(logits[:, :3], target[:, :3])
 
 
+def test_repr_shows_what_was_set():
+    shown = repr(AsymmetricLoss(gamma_neg=[1, 2.5]))
+    assert shown.startswith('AsymmetricLoss(gamma_pos=0.0, gamma_neg=[1.0, 2.5], clip=0.05,')
+
+
 def test_compiled_module_follows_a_hook(logits, target):
     torch._dynamo.reset()
     loss = AsymmetricLoss()
