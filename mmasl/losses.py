@@ -147,7 +147,9 @@ class AsymmetricLoss(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        def plain(x: Tensor) -> float | list[float]:
+        def plain(x: Tensor) -> float | list[float] | str:
+            if x.is_meta:
+                return 'meta'
             return [plain(value) for value in x] if x.dim() else round(x.item(), 6)
 
         return ', '.join(f'{name}={plain(getattr(self, name))}' for name in ('gamma_pos', 'gamma_neg', 'clip')) + (

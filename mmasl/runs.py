@@ -47,8 +47,8 @@ class Run:
             return False
         state = json.loads(stamp.read_text())
         if state['settings'] != self._settings():
-            raise SystemExit(f'{self.work_dir} holds a run of {self.config} with other settings than now: remove the folder, '
-                             'or choose another work dir')
+            raise SystemExit(f'{self.work_dir} holds a run of {self.config} with other settings than now: remove the '
+                             'folder, or choose another work dir')
         return state['finished']
 
     def start(self, threads: int) -> subprocess.Popen:

@@ -128,7 +128,7 @@ def test_parameters_change_in_place_and_stay_float32(logits, target):
     assert_close(loss(logits, target), AsymmetricLoss(gamma_neg=2.01, clip=0)(logits, target))
     loss.bfloat16().half().double()
     assert loss.gamma_neg.dtype == torch.float32 and loss.gamma_neg.item() == pytest.approx(2.01)
-    assert loss.to('meta').gamma_neg.is_meta
+    assert loss.to('meta').gamma_neg.is_meta and 'gamma_neg=meta' in repr(loss)
 
 
 def test_one_value_per_class(logits, target, labels):
