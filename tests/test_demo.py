@@ -75,3 +75,20 @@ def test_readme_shows_the_committed_results():
     readme = (ROOT / 'README.md').read_text()
     for line in (ROOT / 'benchmarks' / 'demo' / 'results.md').read_text().splitlines():
         assert line in readme
+
+
+def test_predictions_are_those_of_the_evaluation(demo, tmp_path, monkeypatch):
+    """Runner gives the model the data_preprocessor that stands beside it in the config."""
+    built = []
+    build = MODELS.build
+    monkeypatch.setattr(MODELS, 'build', lambda cfg: built.append(cfg) or build(cfg))
+    monkeypatch.setattr(demo, 'load_checkpoint', lambda *args, **kwargs: None)
+    DigitScenes(train=1, val=8).write(tmp_path / 'digits')
+    cfg = Config.fromfile('configs/resnet_asl_digits.py')
+    cfg.model.backbone.init_cfg = None
+    cfg.test_dataloader.dataset.data_root = str(tmp_path / 'digits')
+    cfg.dump(tmp_path / 'config.py')
+    (tmp_path / 'last_checkpoint').write_text('none')
+    _, samples, _ = demo.predict(Run(str(tmp_path / 'config.py'), str(tmp_path)))
+    assert samples[0].pred_score.shape == (40, )
+    assert built[0].data_preprocessor == cfg.data_preprocessor and built[0].data_preprocessor.std == [255.] * 3
