@@ -105,6 +105,7 @@ def plot_curves(classifiers: dict[str, Run], detectors: dict[str, Run], path: Pa
             axis.plot([row['step'] for row in rows], [row[key] for row in rows], marker='o',
                       color=f'C{list(LOSSES).index(loss)}', label=LOSSES[loss])
         axis.set(title=title, xlabel='epoch')
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=110)
