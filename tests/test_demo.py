@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_predictions_are_those_of_the_evaluation(demo, tmp_path, monkeypatch):
     """Runner gives the model the data_preprocessor that stands beside it in the config."""
     built = []
     build = MODELS.build
-    monkeypatch.setattr(MODELS, 'build', lambda cfg: built.append(cfg) or build(cfg))
+    monkeypatch.setattr(MODELS, 'build', lambda cfg: built.append(deepcopy(cfg)) or build(cfg))
     monkeypatch.setattr(demo, 'load_checkpoint', lambda *args, **kwargs: None)
     DigitScenes(train=1, val=8).write(tmp_path / 'digits')
     cfg = Config.fromfile('configs/resnet_asl_digits.py')
