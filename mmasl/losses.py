@@ -31,6 +31,10 @@ class AsymmetricLoss(nn.Module):
     ``gamma_pos``, ``gamma_neg`` and ``clip`` live on the module as float32 tensors, outside its state dict; change them
     in place (``loss.gamma_neg.fill_(3)``) at any step, without recompiling.
 
+    With ``track_probabilities = True`` each call in training mode adds the four sums of the probability gap (Eq. 9-10) to
+    ``probability_sums``, (4, C) or None: see ``return_sums`` of :func:`mmasl.ops.asymmetric_loss`. Whoever reads them
+    sets them back to None, as :class:`mmasl.ProbabilityGapHook` does.
+
     Args:
         gamma_pos: Focusing parameter of positives, >= 0: one number, or one per class. The paper uses 0 in
             classification and 1 in detection.
@@ -71,11 +75,13 @@ class AsymmetricLoss(nn.Module):
             raise ValueError(f'alpha={alpha} must be between 0 and 1, or None')
         if not math.isfinite(loss_weight):
             raise ValueError(f'loss_weight={loss_weight} must be finite')
+        self._initial: dict[str, Tensor] = {}
         for name, value, high in (('gamma_pos', gamma_pos, math.inf), ('gamma_neg', gamma_neg, math.inf),
                                   ('clip', clip, 1)):
-            values = torch.as_tensor(value, dtype=torch.float32)
+            values = torch.as_tensor(value, dtype=torch.float32, device='cpu')
             if values.dim() > 1 or not values.numel() or not ((values >= 0) & (values < high)).all():
                 raise ValueError(f'{name}={value} must be a number in [0, {high:g}), or one such number per class')
+            self._initial[name] = values.clone()
             self.register_buffer(name, values.clone(), persistent=False)
         self.alpha = alpha
         self.detach_focusing = detach_focusing
@@ -84,6 +90,8 @@ class AsymmetricLoss(nn.Module):
         self.loss_weight = loss_weight
         self.ignore_index = ignore_index
         self.activated = activated
+        self.track_probabilities = False
+        self.probability_sums: Tensor | None = None
 
     def forward(self,
                 pred: Tensor,
@@ -111,10 +119,14 @@ class AsymmetricLoss(nn.Module):
         if self.activated:
             pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
             pred = pred.logit(eps=torch.finfo(pred.dtype).eps)
-        loss = asymmetric_loss(pred, target, self.gamma_pos, self.gamma_neg, self.clip, self.alpha,
-                               self.detach_focusing, self.ignore_index)
         if weight is not None:
-            loss = loss * _as_element_weight(weight, loss)
+            weight = _as_element_weight(weight, pred)
+        track = self.track_probabilities and self.training
+        loss = asymmetric_loss(pred, target, self.gamma_pos, self.gamma_neg, self.clip, self.alpha,
+                               self.detach_focusing, self.ignore_index, weight, return_sums=track)
+        if track:
+            loss, sums = loss
+            self.probability_sums = sums if self.probability_sums is None else self.probability_sums + sums
         if reduction != 'none':
             loss = loss.sum()
         if reduction == 'mean':
@@ -135,6 +147,11 @@ class AsymmetricLoss(nn.Module):
         labels = target[0] if isinstance(target, (tuple, list)) else target
         elements_per_target = pred.numel() // max(labels.numel(), 1)
         return ((labels != self.ignore_index).sum() * elements_per_target).clamp(min=1)
+
+    def reset_parameters(self) -> None:
+        """Set gamma_pos, gamma_neg and clip to what the module was built with; FSDP calls it after ``to_empty``."""
+        for name, value in self._initial.items():
+            getattr(self, name).copy_(value)
 
     def _apply(self, fn, recurse=True):
         """Moves the module but keeps its parameters in float32: half precision would round a controller's small steps
@@ -157,15 +174,15 @@ class AsymmetricLoss(nn.Module):
             f'loss_weight={self.loss_weight}, ignore_index={self.ignore_index}')
 
 
-def _as_element_weight(weight: Tensor, loss: Tensor) -> Tensor:
-    """``weight`` in a shape that multiplies ``loss``."""
-    if weight.shape == loss.shape:
+def _as_element_weight(weight: Tensor, pred: Tensor) -> Tensor:
+    """``weight`` in a shape that multiplies the loss of ``pred``."""
+    if weight.shape == pred.shape:
         return weight
-    if weight.shape == loss.shape[:-1]:
+    if weight.shape == pred.shape[:-1]:
         return weight.unsqueeze(-1)
-    if weight.dim() == 1 and weight.numel() == loss.numel():
-        return weight.view_as(loss)
-    if weight.dim() == loss.dim() and all(w in (1, n) for w, n in zip(weight.shape, loss.shape)):
+    if weight.dim() == 1 and weight.numel() == pred.numel():
+        return weight.view_as(pred)
+    if weight.dim() == pred.dim() and all(w in (1, n) for w, n in zip(weight.shape, pred.shape)):
         return weight
-    raise ValueError(f'weight of shape {tuple(weight.shape)} does not fit a loss of shape {tuple(loss.shape)}: give '
-                     'one per row, one per element, or one flat list of all elements')
+    raise ValueError(f'weight of shape {tuple(weight.shape)} does not fit predictions of shape {tuple(pred.shape)}: '
+                     'give one per row, one per element, or one flat list of all elements')

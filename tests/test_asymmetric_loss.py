@@ -301,3 +301,72 @@ def test_compiled_out_of_range_target_is_nan(compiled):
     gamma_neg = torch.tensor(4.)
     assert compiled(torch.zeros(2, 3), torch.full((2, 3), -1.), gamma_neg).isnan().all()
     assert compiled(torch.zeros(2, 3), torch.tensor([1, 4]), gamma_neg).isnan().any(1).tolist() == [False, True]
+
+
+def sums_by_loop(logits, y, counted):
+    """Eq. 9 element by element: p of the positives, 1 - p of the negatives, and how many they are, per class."""
+    sums = torch.zeros(4, logits.shape[-1], dtype=torch.float64)
+    for row in torch.cartesian_prod(*[torch.arange(n) for n in logits.shape[:-1]]).reshape(-1, logits.dim() - 1).tolist():
+        for c in range(logits.shape[-1]):
+            if counted[(*row, c)]:
+                p, label = torch.sigmoid(logits[(*row, c)].double()), float(y[(*row, c)])
+                sums[:, c] += torch.tensor([label * p, label, (1 - label) * (1 - p), 1 - label])
+    return sums
+
+
+@pytest.mark.parametrize('shape', [(7, 5), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize('form', ['dense', 'soft', 'labels', 'quality'])
+@pytest.mark.parametrize('weight', [None, 'row', 'element'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['float32', 'float16'])
+def test_probability_sums(shape, form, weight, dtype):
+    generator = torch.Generator().manual_seed(2)
+    classes = shape[-1]
+    logits = (torch.randn(shape, generator=generator) * 5).to(dtype)
+    labels = torch.randint(classes + 1, shape[:-1], generator=generator)
+    ignored = torch.rand(shape if form in ('dense', 'soft') else shape[:-1], generator=generator) < 0.2
+    quality = torch.rand(shape[:-1], generator=generator)
+    y = torch.nn.functional.one_hot(labels, classes + 1)[..., :classes].double()
+    if form == 'soft':
+        y = torch.rand(shape, generator=generator).double()
+    if form == 'quality':
+        y = y * quality.unsqueeze(-1)
+    target = {'dense': y, 'soft': y, 'labels': labels, 'quality': (labels, quality)}[form]
+    if form in ('dense', 'soft'):
+        target = target.masked_fill(ignored, -1)
+    elif form == 'labels':
+        target = target.masked_fill(ignored, -1)
+    else:
+        target = (labels.masked_fill(ignored, -1), quality)
+    counted = ~ignored if form in ('dense', 'soft') else (~ignored).unsqueeze(-1).expand(shape)
+    if weight is not None:
+        weight = torch.randint(3, shape[:-1] + ((1,) if weight == 'row' else (classes,)), generator=generator) / 2
+        counted = counted & (weight != 0)
+
+    loss, sums = asymmetric_loss(logits, target, ignore_index=-1, weight=weight, return_sums=True)
+    assert_close(sums, sums_by_loop(logits, y, counted), rtol=1e-5, atol=1e-5, check_dtype=False)
+    assert not sums.requires_grad
+    plain = asymmetric_loss(logits, target, ignore_index=-1)
+    assert_close(loss, plain if weight is None else plain * weight)
+
+
+@pytest.mark.parametrize('weight', [torch.tensor([[0.5], [0.], [2.]]), torch.rand(3, 4), torch.rand(4)], ids=str)
+def test_weight_is_a_factor_of_loss_and_gradient(weight):
+    logits, target = torch.randn(3, 4), torch.randint(2, (3, 4))
+    assert_close(value_and_grad(asymmetric_loss, logits, target, weight=weight),
+                 value_and_grad(lambda *args: asymmetric_loss(*args) * weight, logits, target))
+
+
+def test_weight_is_checked():
+    logits, target = torch.randn(3, 4), torch.randint(2, (3, 4))
+    with pytest.raises(ValueError, match=r'weight of shape \(3,\) does not broadcast to logits of shape \(3, 4\)'):
+        asymmetric_loss(logits, target, weight=torch.rand(3))
+    with pytest.raises(ValueError, match=r'weight of shape \(2, 3, 4\) does not broadcast'):
+        asymmetric_loss(logits, target, weight=torch.rand(2, 3, 4))
+    with pytest.raises(ValueError, match='weight get no gradient: detach them'):
+        asymmetric_loss(logits, target, weight=torch.rand(4, requires_grad=True))
+
+
+@pytest.mark.parametrize('shape', [(0, 3), (5, 0)], ids=str)
+def test_sums_of_nothing_are_zero(shape):
+    _, sums = asymmetric_loss(torch.zeros(shape), torch.zeros(shape), return_sums=True)
+    assert_close(sums, torch.zeros(4, shape[1]))

@@ -149,16 +149,62 @@ def test_repr_shows_what_was_set():
     assert shown.startswith('AsymmetricLoss(gamma_pos=0.0, gamma_neg=[1.0, 2.5], clip=0.05,')
 
 
-def test_compiled_module_follows_a_hook(logits, target):
+@pytest.mark.parametrize('form', ['dense', 'labels'])
+@pytest.mark.parametrize('track', [False, True])
+def test_compiled_module_follows_a_hook(logits, target, labels, form, track):
+    target = dict(dense=target, labels=labels)[form]
     torch._dynamo.reset()
     loss = AsymmetricLoss()
+    loss.track_probabilities = track
     compiled = torch.compile(loss, fullgraph=True, backend='aot_eager')
     for step, gamma in enumerate((4., 3.99, 1., 0.)):
         loss.gamma_neg.fill_(gamma)
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
             assert_close(with_grad(compiled, logits, target, avg_factor=12),
                          with_grad(AsymmetricLoss(gamma_neg=gamma), logits, target, avg_factor=12))
+        if track:
+            assert_close(loss.probability_sums, asymmetric_loss(logits, target, return_sums=True)[1])
+            loss.probability_sums = None
     torch._dynamo.reset()
+
+
+def test_tracked_sums_add_up_over_calls_in_training(logits, target, labels):
+    loss = AsymmetricLoss(ignore_index=3)
+    loss(logits, labels)
+    assert loss.probability_sums is None, 'nobody asked'
+    loss.track_probabilities = True
+    loss(logits, target, avg_factor=4)
+    first = loss.probability_sums.clone()
+    assert_close(first, asymmetric_loss(logits, target, return_sums=True)[1])
+    loss(logits, labels, torch.arange(12) % 2, reduction_override='none')
+    assert_close(loss.probability_sums - first, asymmetric_loss(
+        logits, labels, ignore_index=3, weight=(torch.arange(12) % 2).unsqueeze(1), return_sums=True)[1])
+    before = loss.probability_sums
+    loss.eval()(logits, labels)
+    assert loss.probability_sums is before, 'evaluation must not count'
+
+
+def test_half_precision_counts_beyond_its_integers():
+    """float16 ends at 65504 and bfloat16 counts to 256: the sums are float32."""
+    loss = AsymmetricLoss()
+    loss.track_probabilities = True
+    for dtype in (torch.float16, torch.bfloat16):
+        loss(torch.zeros(70000, 1, dtype=dtype), torch.ones(70000, 1, dtype=dtype))
+        assert loss.probability_sums.flatten().tolist() == [35000, 70000, 0, 0]
+        loss.probability_sums = None
+
+
+def test_reset_parameters_undoes_a_controller():
+    loss = AsymmetricLoss(gamma_neg=3, clip=[0.1, 0.2])
+    loss.gamma_neg.fill_(7)
+    loss.clip.zero_()
+    loss.reset_parameters()
+    assert loss.gamma_neg == 3
+    assert_close(loss.clip, torch.tensor([0.1, 0.2]))
+    with torch.device('meta'):
+        model = torch.nn.ModuleList([AsymmetricLoss(gamma_neg=2.5)])
+    model.to_empty(device='cpu')[0].reset_parameters()
+    assert model[0].gamma_neg == 2.5
 
 
 @pytest.mark.parametrize('kwargs, message', [
@@ -179,7 +225,7 @@ def test_bad_settings(kwargs, message):
 
 def test_bad_calls(logits, target):
     loss = AsymmetricLoss()
-    with pytest.raises(ValueError, match=r'weight of shape \(4,\) does not fit a loss of shape \(12, 5\)'):
+    with pytest.raises(ValueError, match=r'weight of shape \(4,\) does not fit predictions of shape \(12, 5\)'):
         loss(logits, target, torch.ones(4))
     with pytest.raises(ValueError, match=r'avg_factor of shape \(2,\)'):
         loss(logits, target, avg_factor=torch.ones(2))

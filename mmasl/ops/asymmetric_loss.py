@@ -22,7 +22,9 @@ def asymmetric_loss(logits: Tensor,
                     clip: Parameter = 0.05,
                     alpha: float | None = None,
                     detach_focusing: bool = False,
-                    ignore_index: int | None = None) -> Tensor:
+                    ignore_index: int | None = None,
+                    weight: Tensor | None = None,
+                    return_sums: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Asymmetric loss of every element, Eq. 7 with Eq. 2 and 5 (gradient: Eq. 8).
 
     The arithmetic is float32 for half-precision logits and float64 for float64. One tensor of the logits' size is kept
@@ -44,9 +46,15 @@ def asymmetric_loss(logits: Tensor,
         detach_focusing: Hold the focusing weights constant in the gradient, as the official training script does,
             instead of Eq. 8. The value is the same.
         ignore_index: Target value (or label) whose elements (or rows) have no loss and no gradient.
+        weight: Factor of the loss and the gradient, in a shape that broadcasts to that of ``logits``.
+        return_sums: Also return what the probability gap (Eq. 9-10) is made of, from the probabilities that the loss
+            computes anyway.
 
     Returns:
-        Loss of the logits' shape, in float64 for float64 logits and in float32 otherwise.
+        Loss of the logits' shape, in float64 for float64 logits and in float32 otherwise. With ``return_sums`` also
+        four sums for each class, (4, C) in that dtype: over the positives of p and of 1, over the negatives of 1 - p
+        and of 1. Soft labels count as y positives and 1 - y negatives; elements that are ignored or have weight 0 do
+        not count, the others count alike.
 
     Raises:
         ValueError: Shapes do not fit, or a target is out of range. Looking at the values would make the host wait for
@@ -56,8 +64,8 @@ def asymmetric_loss(logits: Tensor,
     if not logits.is_floating_point():
         raise TypeError(f'logits must be floating point, got {logits.dtype}')
     target, quality = target if isinstance(target, (tuple, list)) else (target, None)
-    if any(isinstance(x, Tensor) and x.requires_grad for x in (gamma_pos, gamma_neg, clip)):
-        raise ValueError('gamma_pos, gamma_neg and clip get no gradient: detach them')
+    if any(isinstance(x, Tensor) and x.requires_grad for x in (gamma_pos, gamma_neg, clip, weight)):
+        raise ValueError('gamma_pos, gamma_neg, clip and weight get no gradient: detach them')
 
     if target.shape == logits.shape and quality is None:
         column = None
@@ -69,20 +77,29 @@ def asymmetric_loss(logits: Tensor,
     else:
         raise ValueError(f'target of shape {tuple(target.shape)} does not fit logits of shape {tuple(logits.shape)}: '
                          'give dense targets of the same shape, or one integer label a row')
-    return _AsymmetricLoss.apply(logits, y, column, ignored, _parameter(gamma_pos, logits, 'gamma_pos'),
-                                 _parameter(gamma_neg, logits, 'gamma_neg'), _parameter(clip, logits, 'clip'), alpha,
-                                 detach_focusing)
+    if weight is not None and (weight.dim() > logits.dim() or any(
+            size not in (1, wanted) for size, wanted in zip(weight.shape[::-1], logits.shape[::-1]))):
+        raise ValueError(f'weight of shape {tuple(weight.shape)} does not broadcast to logits of shape '
+                         f'{tuple(logits.shape)}')
+    loss, sums = _AsymmetricLoss.apply(
+        logits, y, column, ignored, weight, _parameter(gamma_pos, logits, 'gamma_pos'),
+        _parameter(gamma_neg, logits, 'gamma_neg'), _parameter(clip, logits, 'clip'), alpha, detach_focusing,
+        return_sums)
+    return (loss, sums) if return_sums else loss
 
 
 class _AsymmetricLoss(torch.autograd.Function):
     """Computes the gradient in the forward pass and scales it in the backward pass."""
 
     @staticmethod
-    def forward(ctx, logits, y, column, ignored, gamma_pos, gamma_neg, clip, alpha, detach_focusing):
+    def forward(ctx, logits, y, column, ignored, weight, gamma_pos, gamma_neg, clip, alpha, detach_focusing,
+                return_sums):
         need_grad = ctx.needs_input_grad[0]
         z = logits.to(gamma_neg.dtype)
         y = y.to(z.dtype)
-        loss, grad = _negative(z, gamma_neg, clip, detach_focusing, need_grad)
+        p = z.sigmoid()
+        sums = _probability_sums(p, y, column, ignored, weight) if return_sums else None
+        loss, grad = _negative(z, p, gamma_neg, clip, detach_focusing, need_grad)
         if column is None:
             pos_loss, pos_grad = _positive(z, gamma_pos, detach_focusing, need_grad)
         else:
@@ -91,22 +108,46 @@ class _AsymmetricLoss(torch.autograd.Function):
             pos_loss, pos_grad = _positive(z.gather(-1, column), gamma_pos, detach_focusing, need_grad)
 
         ctx.logits_dtype = logits.dtype
-        loss = _mix(loss, pos_loss, y, column, ignored, alpha)
+        loss = _mix(loss, pos_loss, y, column, ignored, weight, alpha)
         if need_grad:
-            ctx.save_for_backward(_mix(grad, pos_grad, y, column, ignored, alpha))
+            ctx.save_for_backward(_mix(grad, pos_grad, y, column, ignored, weight, alpha))
+        if return_sums:
+            ctx.mark_non_differentiable(sums)
         # torch 2.11 compiles a wrong gradient where forward returns what it changed in place (pytorch issue 180642).
-        return loss.clone() if torch.compiler.is_compiling() else loss
+        return loss.clone() if torch.compiler.is_compiling() else loss, sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, _):
         grad, = ctx.saved_tensors
-        return _cast(grad_loss * grad, ctx.logits_dtype), *[None] * 8
+        return _cast(grad_loss * grad, ctx.logits_dtype), *[None] * 10
 
 
-def _negative(z: Tensor, gamma: Tensor, clip: Tensor, detach_focusing: bool, need_grad: bool):
-    """-L- and its derivative by z, for finite z of any size."""
-    p, q = z.sigmoid(), (-z).sigmoid()
+def _probability_sums(p: Tensor, y: Tensor, column: Tensor | None, ignored: Tensor | None,
+                      weight: Tensor | None) -> Tensor:
+    """(4, C) sums of y p, y, (1 - y)(1 - p) and 1 - y over the elements that count."""
+    counted = torch.ones_like(p[..., :1]) if weight is None else (weight != 0).to(p.dtype)
+    counted = (counted if ignored is None else counted.masked_fill(ignored, 0)).expand_as(p)
+    elements, p_sum = _sum_rows(counted), _sum_rows(counted * p)
+    if column is None:
+        y = y * counted
+        positives, p_positives = _sum_rows(y), _sum_rows(y * p)
+    else:
+        y = y * counted.gather(-1, column)
+        zeros = torch.zeros_like(elements)
+        positives = zeros.index_add(0, column.flatten(), y.flatten())
+        p_positives = zeros.index_add(0, column.flatten(), (y * p.gather(-1, column)).flatten())
+    negatives = elements - positives
+    return torch.stack([p_positives, positives, negatives - (p_sum - p_positives), negatives])
+
+
+def _sum_rows(x: Tensor) -> Tensor:
+    return x.sum_to_size(x.shape[-1])
+
+
+def _negative(z: Tensor, p: Tensor, gamma: Tensor, clip: Tensor, detach_focusing: bool, need_grad: bool):
+    """-L- and its derivative by z, for finite z of any size and p = sigmoid(z)."""
+    q = (-z).sigmoid()
     p_m = (p - clip).clamp_(min=0)
     # -log(1 - p_m), where 1 - p_m = q + m: log1p loses digits near p_m = 1, the logarithm near 0, and both where m = 0.
     log_term = torch.where(p_m < 0.5, p_m.neg().log1p_(), (q + clip).log_())
@@ -138,15 +179,16 @@ def _positive(z: Tensor, gamma: Tensor, detach_focusing: bool, need_grad: bool):
     return loss, slope.mul_(focus).neg_()
 
 
-def _mix(neg: Tensor, pos: Tensor, y: Tensor, column: Tensor | None, ignored: Tensor | None,
+def _mix(neg: Tensor, pos: Tensor, y: Tensor, column: Tensor | None, ignored: Tensor | None, weight: Tensor | None,
          alpha: float | None) -> Tensor:
-    """y * pos + (1 - y) * neg (Eq. 2); with labels, only ``column`` of each row has a positive part."""
+    """weight * (y * pos + (1 - y) * neg) (Eq. 2); with labels, only ``column`` of each row has a positive part."""
     if alpha is not None:
         neg, pos = neg.mul_(1 - alpha), pos.mul_(alpha)
     if column is None:
         out = torch.lerp(neg, pos, y)
     else:
         out = neg.scatter_(-1, column, torch.lerp(neg.gather(-1, column), pos, y))
+    out = out if weight is None else out.mul_(weight)
     return out if ignored is None else out.masked_fill_(ignored, 0)
 
 
