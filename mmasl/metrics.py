@@ -160,19 +160,80 @@ def probability_gap(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return dict(p_t_pos=p_t_pos, p_t_neg=p_t_neg, gap=p_t_pos - p_t_neg)
 
 
+def reliability(scores: np.ndarray, labels: np.ndarray, bins: int = 15, equal_mass: bool = False) -> np.ndarray:
+    """What a reliability diagram shows: the count, the sum of probabilities and the positives of each bin and class.
+
+    Entries of the label matrix are binned by their probability; ignored ones are left out. A bin holds its lower end,
+    the last one both.
+
+    Args:
+        scores: Probabilities (N, C), in [0, 1].
+        labels: (N, C) of 1, 0 and -1.
+        bins: Number of bins, >= 1.
+        equal_mass: Bins of equal counts over all classes instead of equal width; equal probabilities share a bin.
+
+    Returns:
+        float64 (C, 3, bins).
+    """
+    if not isinstance(bins, int) or bins < 1:
+        raise ValueError(f'bins={bins!r} is not a positive integer')
+    ends = np.arange(1, bins) / bins
+    if equal_mass and (labels >= 0).any():
+        ends = np.quantile(scores[labels >= 0], ends)
+    return np.array([_class_reliability(s[y >= 0], y[y >= 0], ends) for s, y in zip(scores.T, labels.T)])
+
+
+def _class_reliability(scores: np.ndarray, labels: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
+    scores = scores.astype(np.float64)
+    bins = ends.searchsorted(scores, side='right')
+    return [np.bincount(bins, weights, len(ends) + 1) for weights in (None, scores, labels)]
+
+
+def expected_calibration_error(scores: np.ndarray,
+                               labels: np.ndarray,
+                               bins: int = 15,
+                               classwise: bool = False,
+                               equal_mass: bool = False) -> float:
+    """Mean distance between the probability and the frequency of positives, over the entries of the label matrix.
+
+    The entries of a bin are compared as one, and bins weigh by their entries (Guo et al., ICML 2017, for a single
+    probability: that of the positive label, not of the predicted one).
+
+    Args:
+        scores, labels, bins, equal_mass: See :func:`reliability`.
+        classwise: Compare each class by itself, and average over the classes that have labels. All classes together
+            hide that one is overrated where another is underrated.
+
+    Returns:
+        A fraction, in [0, 1]; NaN where there is no label.
+    """
+    sums = reliability(scores, labels, bins, equal_mass)
+    count, probability, positives = (sums if classwise else sums.sum(0, keepdims=True)).transpose(1, 0, 2)
+    labelled = count.sum(1) > 0
+    if not labelled.any():
+        return float('nan')
+    error = np.abs(probability - positives).sum(1)[labelled] / count.sum(1)[labelled]
+    return float(error.mean())
+
+
 def multilabel_report(scores: np.ndarray,
                       labels: np.ndarray,
                       conventions: Conventions = PRESETS['paper'],
-                      classes: Sequence[str] | None = None) -> tuple[dict[str, float], np.ndarray]:
+                      classes: Sequence[str] | None = None,
+                      calibrated: np.ndarray | None = None) -> tuple[dict[str, float], np.ndarray]:
     """All metrics by the names of :class:`MultiLabelReport`, and the classes' average precision (C,) in percent.
 
     ``scores`` are probabilities (N, C), ``labels`` (N, C) in {1, 0, -1}; ``classes`` only name the classes in errors.
+    ``calibrated`` probabilities (N, C) pass the threshold, and have the calibration error, in place of ``scores``.
 
     Raises:
         ValueError: If the shapes differ, or by ``conventions.empty`` where classes have no positives; also where no
             class has any and empty ones are skipped.
     """
     c = conventions
+    decisive = scores if calibrated is None else calibrated
+    if decisive.shape != scores.shape:
+        raise ValueError(f'calibrated scores {decisive.shape} and scores {scores.shape} must both be (N, C)')
     if scores.ndim != 2 or scores.shape != labels.shape or not scores.size:
         raise ValueError(f'scores {scores.shape} and labels {labels.shape} must both be (N, C), with N and C above 0')
     ap = 100 * average_precision(scores, labels, c.ap_mode)
@@ -188,13 +249,13 @@ def multilabel_report(scores: np.ndarray,
     def evaluate(predicted: np.ndarray) -> dict[str, float]:
         return precision_recall_f1(*count_labels(predicted, labels, c.ignored), c)
 
-    chosen = predicted_labels(scores, c.threshold, c.inclusive)
+    chosen = predicted_labels(decisive, c.threshold, c.inclusive)
     report = dict(mAP=float(np.nanmean(ap)), **evaluate(chosen))
     if c.topk is not None:
         best = predicted_labels(scores, topk=c.topk)
         best = evaluate(best & chosen if c.topk_above_threshold else best)
         report |= {f'{name}_top{c.topk}': value for name, value in best.items()}
-    return report | probability_gap(scores, labels), ap
+    return report | probability_gap(scores, labels) | dict(ECE=expected_calibration_error(decisive, labels)), ap
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -212,12 +273,13 @@ def _names(chosen: np.ndarray, classes: Sequence[str] | None) -> str:
 
 @METRICS.register_module()
 class MultiLabelReport(BaseMetric):
-    """mAP, precision, recall and F1 by class and overall, the same for top-k, and the probability gap.
+    """mAP, precision, recall and F1 by class and overall, the same for top-k, probability gap and calibration error.
 
     It reads the samples that mmpretrain's multi-label heads return: ``pred_score``, probabilities (C,), and
     ``gt_score``, (C,) of 0, 1 and ``ignore_index``, or else ``gt_label``, class indices. It returns ``mAP, CP, CR,
     CF1, OP, OR, OF1``, the last six again with ``_top3`` (Tables 4 and 8 of the ASL paper, arXiv 2009.14119), all in
-    percent, and ``p_t_pos, p_t_neg, gap`` (Eq. 9-10) as fractions. Neither the order of samples or classes nor their
+    percent, and as fractions ``p_t_pos, p_t_neg, gap`` (Eq. 9-10) and ``ECE``, see
+    :func:`expected_calibration_error`, of 15 bins over all labels. Neither the order of samples or classes nor their
     distribution over processes matters; scores are kept in float32, one row a sample.
 
     All presets use non-interpolated average precision and precision 0 for a class that is never predicted.
@@ -240,6 +302,9 @@ class MultiLabelReport(BaseMetric):
         preset: 'paper', 'ml_gcn', 'official' or 'mmpretrain'.
         ignore_index: Value of ``gt_score`` whose labels are left out, e.g. VOC's difficult ones; None: no value.
         per_class: Also return ``AP_<class>`` and log a table; skipped classes appear in the table only.
+        calibrated: Decide by ``calibrated_score``, which the heads of :mod:`mmasl.heads.multi_label` predict, and
+            report its ECE: the threshold is then one of the posterior. Average precision, the k best and the
+            probability gap remain those of ``pred_score``.
         collect_device, prefix, collect_dir: See :class:`mmengine.evaluator.BaseMetric`.
         conventions: Fields of :class:`Conventions` that override the preset.
 
@@ -256,7 +321,7 @@ class MultiLabelReport(BaseMetric):
         >>> {name.split('/')[1]: round(value, 2) for name, value in report.items()}  # doctest: +NORMALIZE_WHITESPACE
         {'mAP': 66.67, 'CP': 50.0, 'CR': 66.67, 'CF1': 57.14, 'OP': 75.0, 'OR': 100.0, 'OF1': 85.71,
          'CP_top1': 66.67, 'CR_top1': 50.0, 'CF1_top1': 57.14, 'OP_top1': 100.0, 'OR_top1': 66.67, 'OF1_top1': 80.0,
-         'p_t_pos': 0.8, 'p_t_neg': 0.6, 'gap': 0.2}
+         'p_t_pos': 0.8, 'p_t_neg': 0.6, 'gap': 0.2, 'ECE': 0.28}
     """
     default_prefix = 'multi-label'
 
@@ -264,6 +329,7 @@ class MultiLabelReport(BaseMetric):
                  preset: str = 'paper',
                  ignore_index: int | None = -1,
                  per_class: bool = False,
+                 calibrated: bool = False,
                  collect_device: str = 'cpu',
                  prefix: str | None = None,
                  collect_dir: str | None = None,
@@ -277,29 +343,31 @@ class MultiLabelReport(BaseMetric):
         self.conventions = replace(PRESETS[preset], **conventions)
         self.ignore_index = ignore_index
         self.per_class = per_class
+        self.score_keys = ['pred_score', 'calibrated_score'] if calibrated else ['pred_score']
 
     def process(self, data_batch: object, data_samples: Sequence[dict]) -> None:
-        """Check a batch of samples and keep (scores, labels) of each, float32 and int8 of shape (C,)."""
+        """Check a batch of samples and keep (labels, scores, ...) of each, int8 and float32 of shape (C,)."""
         names = [f'sample {s.get("img_path", len(self.results) + i)}' for i, s in enumerate(data_samples)]
-        scores = np.stack([self._row(s, 'pred_score', name) for s, name in zip(data_samples, names)])
-        labels = np.stack([self._row(s, 'gt_score', name) for s, name in zip(data_samples, names)])
-        # written so that NaN is refused too
-        self._refuse(~((scores >= 0) & (scores <= 1)), scores, names,
-                     'pred_score {} is no probability: logits need a sigmoid first; nan or inf mean that the model '
-                     'diverged (lower the learning rate) or overflowed (evaluate in float32)')
+        *scores, labels = (np.stack([self._row(s, key, name) for s, name in zip(data_samples, names)])
+                           for key in (*self.score_keys, 'gt_score'))
+        for key, values in zip(self.score_keys, scores):
+            # written so that NaN is refused too
+            self._refuse(~((values >= 0) & (values <= 1)), values, names,
+                         f'{key} {{}} is no probability: logits need a sigmoid first; nan or inf mean that the model '
+                         'diverged (lower the learning rate) or overflowed (evaluate in float32)')
         ignored = labels == self.ignore_index
         self._refuse(~((labels == 0) | (labels == 1) | ignored), labels, names,
                      f'gt_score {{}} is none of 0, 1 and ignore_index={self.ignore_index}: evaluate on hard labels, or '
                      'set ignore_index')
-        self.results.extend(zip(scores, np.where(ignored, -1, labels).astype(np.int8)))
+        self.results.extend(zip(np.where(ignored, -1, labels).astype(np.int8), *scores))
 
-    def compute_metrics(self, results: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    def compute_metrics(self, results: list[tuple[np.ndarray, ...]]) -> dict[str, float]:
         """The metrics by name, from the samples of all processes."""
         if not results:
             raise ValueError('MultiLabelReport got no samples: is the evaluated data set or its loader empty?')
-        scores, labels = map(np.stack, zip(*results))
+        labels, scores, *calibrated = map(np.stack, zip(*results))
         classes = self._classes or [str(c) for c in range(scores.shape[1])]
-        report, ap = multilabel_report(scores, labels, self.conventions, classes)
+        report, ap = multilabel_report(scores, labels, self.conventions, classes, *calibrated)
         if (skipped := np.isnan(ap)).any():
             print_log(f'no positive label in {_names(skipped, classes)}: left out of the class means', 'current',
                       logging.WARNING)
@@ -320,7 +388,8 @@ class MultiLabelReport(BaseMetric):
         if key == 'gt_score' and key not in sample:
             return self._one_hot(sample, name, len(sample['pred_score']))
         if key not in sample:
-            raise ValueError(f'{name} has no {key}: use a head that predicts it, such as MultiLabelClsHead')
+            raise ValueError(f'{name} has no {key}: use a head that predicts it, such as '
+                             f'{"MultiLabelClsHead" if key == "pred_score" else "mmasl.MultiLabelClsHead"}')
         row = torch.as_tensor(sample[key]).detach().float().cpu().numpy()
         first = self.results[0][0] if self.results else sample['pred_score']
         if row.shape != (expected := (len(self._classes or first), )):

@@ -3,12 +3,19 @@
 ``type='mmasl.X'`` resolves under every default scope. What needs mmdet or mmpretrain lives in a location that is
 imported at the first lookup, so that ``import mmasl`` needs neither.
 """
+from importlib.util import find_spec
+
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmasl', locations=['mmasl.losses'])
+# A detector's loss must not need MMPretrain.
+HEADS = ['mmasl.heads.multi_label'] if find_spec('mmpretrain') else []
+
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmasl', locations=['mmasl.losses', *HEADS])
 DATASETS = Registry(
     'dataset', parent=MMENGINE_DATASETS, scope='mmasl', locations=['mmasl.datasets.coco', 'mmasl.datasets.voc'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='mmasl', locations=['mmasl.metrics'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmasl', locations=['mmasl.hooks'])

@@ -87,12 +87,19 @@ class Run:
 
     def evaluations(self) -> list[dict]:
         """Every evaluation so far, by epoch ('step'), from the scalars that MMEngine writes."""
+        return self._scalars(training=False)
+
+    def training(self) -> list[dict]:
+        """What was logged while training, by iteration ('step')."""
+        return self._scalars(training=True)
+
+    def _scalars(self, training: bool) -> list[dict]:
         rows = {}
         for path in sorted(self._folder.glob('*/vis_data/scalars.json')):
             for line in path.read_text().splitlines():
                 row = json.loads(line)
-                if 'iter' not in row:
-                    rows[row['step']] = row
+                if ('iter' in row) == training:
+                    rows[row['step']] = row  # a later file is that of a resumed run, and counts
         return [rows[step] for step in sorted(rows)]
 
     def checkpoint(self) -> str:

@@ -12,7 +12,8 @@ from mmengine.registry import DefaultScope
 
 import mmasl.metrics
 from mmasl.metrics import (CHOICES, PRESETS, Conventions, MultiLabelReport, average_precision, count_labels,
-                           multilabel_report, precision_recall_f1, predicted_labels, probability_gap)
+                           expected_calibration_error, multilabel_report, precision_recall_f1, predicted_labels,
+                           probability_gap, reliability)
 
 SHAPES = [(7, 2), (40, 5), (333, 20)]
 COUNTS = ('CP', 'CR', 'CF1', 'OP', 'OR', 'OF1')
@@ -233,6 +234,90 @@ def test_probability_gap():
     assert np.isnan(probability_gap(scores, np.ones((2, 2)))['gap'])
 
 
+def calibration_error_by_definition(scores, labels, ends):
+    """Of bins from each of ``ends`` to the next."""
+    pairs = [(s, y) for s, y in zip(scores.ravel().tolist(), labels.ravel().tolist()) if y >= 0]
+    total = 0.
+    for low, high in zip(ends, [*ends[1:], np.inf]):
+        inside = [(s, y) for s, y in pairs if low <= s < high]
+        if inside:
+            mean_s, mean_y = np.mean(inside, axis=0)
+            total += len(inside) / len(pairs) * abs(mean_s - mean_y)
+    return total
+
+
+@pytest.mark.parametrize('bins', [1, 4, 15])
+def test_expected_calibration_error(bins):
+    scores, labels = make_data(13, 200, 7, ignored=0.2)
+    scores[0, :3] = 0, 0.25, 1
+    ends = [k / bins for k in range(bins)]
+    expected = calibration_error_by_definition(scores, labels, ends)
+    assert expected_calibration_error(scores, labels, bins) == pytest.approx(expected, rel=1e-9)
+    expected = np.mean([calibration_error_by_definition(s, y, ends) for s, y in zip(scores.T, labels.T)])
+    assert expected_calibration_error(scores, labels, bins, classwise=True) == pytest.approx(expected, rel=1e-9)
+
+
+def test_expected_calibration_error_is_torchmetrics_of_one_label():
+    from torchmetrics.functional.classification import binary_calibration_error
+    scores, labels = make_data(14, 500, 3, ignored=0.1)
+    theirs = binary_calibration_error(torch.tensor(scores), torch.tensor(labels).int(), 15, ignore_index=-1).item()
+    assert expected_calibration_error(scores, labels) == pytest.approx(theirs, rel=1e-5)
+
+
+def test_bins_of_equal_mass():
+    scores, labels = make_data(15, 300, 4, ignored=0.1)
+    known = np.sort(scores[labels >= 0])
+    counts = reliability(scores, labels, 10, equal_mass=True)[:, 0].sum(0)
+    assert counts.sum() == known.size and np.ptp(counts) <= 1
+    ends = [0, *known[np.ceil(np.arange(1, 10) / 10 * (known.size - 1)).astype(int)].tolist()]
+    expected = calibration_error_by_definition(scores, labels, ends)
+    assert expected_calibration_error(scores, labels, 10, equal_mass=True) == pytest.approx(expected, rel=1e-9)
+    # What the margin maps to 0 is one bin, in whatever order.
+    scores[:200] = 0
+    expected = expected_calibration_error(scores, labels, 10, equal_mass=True)
+    order = np.random.default_rng(0).permutation(300)
+    assert expected_calibration_error(scores[order], labels[order], 10, equal_mass=True) == pytest.approx(expected)
+    counts = reliability(scores, labels, 10, equal_mass=True)[:, 0].sum(0)
+    assert (counts > 0).sum() == 4 and counts.max() >= (labels[:200] >= 0).sum()
+
+
+def test_calibration_errors_of_classes_do_not_cancel():
+    scores = np.full((100, 2), 0.5)
+    labels = np.stack([np.arange(100) < 70, np.arange(100) < 30], 1).astype(np.int8)
+    assert expected_calibration_error(scores, labels) == pytest.approx(0, abs=1e-12)
+    assert expected_calibration_error(scores, labels, classwise=True) == pytest.approx(0.2)
+
+
+def test_calibration_error_without_labels():
+    scores, labels = make_data(16, 20, 3)
+    labels[:, 1] = -1
+    kept = expected_calibration_error(scores[:, [0, 2]], labels[:, [0, 2]], classwise=True)
+    assert expected_calibration_error(scores, labels, classwise=True) == pytest.approx(kept, rel=1e-12)
+    for equal_mass in (False, True):
+        assert np.isnan(expected_calibration_error(scores, np.full_like(labels, -1), equal_mass=equal_mass))
+
+
+def test_report_decides_by_calibrated_scores():
+    scores, labels = make_data(17, 100, 6, ignored=0.1)
+    calibrated = np.where(scores < 0.3, 0, scores**2)
+    samples = [dict(sample, calibrated_score=torch.tensor(c))
+               for sample, c in zip(make_samples(scores, labels), calibrated)]
+    plain, got = (MultiLabelReport(calibrated=flag) for flag in (False, True))
+    for metric in (plain, got):
+        metric.process(None, samples)
+    plain, got = ({k.split('/')[1]: v for k, v in metric.evaluate(100).items()} for metric in (plain, got))
+    assert plain == multilabel_report(scores, labels)[0]
+    by_square, _ = multilabel_report(calibrated, labels)
+    ranked = ('mAP', 'p_t_pos', 'p_t_neg', 'gap')
+    assert got == {**by_square, **{name: plain[name] for name in ranked}}
+    assert got['OF1'] != plain['OF1'] and got['ECE'] != plain['ECE'] and by_square['mAP'] != plain['mAP']
+    # The k best of a sample are told by the raw scores where the calibrated ones are all 0.
+    none = multilabel_report(scores, labels, Conventions(topk_above_threshold=False), calibrated=0 * scores)[0]
+    assert none['OF1'] == 0
+    expected = multilabel_report(scores, labels, Conventions(topk_above_threshold=False))[0]
+    assert none['OF1_top3'] == expected['OF1_top3'] > 0
+
+
 @pytest.fixture
 def preset_data():
     # scores on the thresholds, ties, ignored labels and a class without positives: all that the presets disagree on
@@ -362,6 +447,10 @@ def test_refuses_missing_fields_and_other_lengths():
         metric.process(None, [dict(gt_label=[0])])
     with pytest.raises(ValueError, match='sample a.jpg has neither gt_score nor gt_label'):
         metric.process(None, [dict(pred_score=torch.rand(2), img_path='a.jpg')])
+    with pytest.raises(ValueError, match='sample a.jpg has no calibrated_score: use a head .* mmasl.MultiLabelClsHead'):
+        MultiLabelReport(calibrated=True).process(None, [GOOD])
+    with pytest.raises(ValueError, match='class 0: calibrated_score 2.0 is no probability'):
+        MultiLabelReport(calibrated=True).process(None, [dict(GOOD, calibrated_score=torch.tensor([2., 0.]))])
     metric.process(None, [GOOD])
     with pytest.raises(ValueError, match=r'sample 1: pred_score has shape \(3,\), expected \(2,\)'):
         metric.process(None, [dict(pred_score=torch.rand(3), gt_label=[])])
@@ -388,6 +477,10 @@ def test_functions_refuse_bad_arguments():
         count_labels(scores > 0.5, labels, 'drop')
     with pytest.raises(ValueError, match=r'scores \(60, 6\) and labels \(60, 5\)'):
         multilabel_report(scores, labels[:, 1:])
+    with pytest.raises(ValueError, match=r'calibrated scores \(60, 5\) and scores \(60, 6\)'):
+        multilabel_report(scores, labels, calibrated=scores[:, 1:])
+    with pytest.raises(ValueError, match='bins=0 is not a positive integer'):
+        expected_calibration_error(scores, labels, 0)
 
 
 def evaluate_on_rank(rank, folder):

@@ -1,3 +1,4 @@
 from .asymmetric_loss import asymmetric_loss
+from .calibration import inverse_posterior, posterior, posterior_cap, posterior_log_odds
 
-__all__ = ['asymmetric_loss']
+__all__ = ['asymmetric_loss', 'inverse_posterior', 'posterior', 'posterior_cap', 'posterior_log_odds']
