@@ -19,8 +19,8 @@ from .registry import HOOKS
 STATE = 'adaptive_asymmetry'  # of the checkpoint
 # A step of the margin for a step of 1 of gamma_neg that moves the gap about as far.
 CLIP_PER_GAMMA = 0.05
-SPEED = 500  # steps of all updates of a training together
-HIGHEST_STEP = 0.5  # with larger ones the control is quicker than the model answers, and oscillates
+SPEED = 800  # steps of all updates of a training together
+HIGHEST_STEP = 0.6  # with much larger ones the control is quicker than the model answers, and oscillates
 ERROR_LIMIT = 0.5  # what a larger distance from the target counts as
 
 
@@ -89,8 +89,8 @@ class ProbabilityGapHook(Hook):
     def before_train(self, runner: Runner) -> None:
         self.losses = find_losses(runner.model)
         if not self.losses:
-            raise ValueError(f'{type(self).__name__} found no mmasl.AsymmetricLoss in the model: set the head\'s loss, '
-                             "as in model.head.loss=dict(_delete_=True, type='mmasl.AsymmetricLoss'), or remove the hook")
+            raise ValueError(f"{type(self).__name__} found no mmasl.AsymmetricLoss in the model: set the head's loss, as "
+                             "in model.head.loss=dict(_delete_=True, type='mmasl.AsymmetricLoss'), or remove the hook")
         for loss in self.losses:
             loss.track_probabilities = True
         shapes = [torch.broadcast_shapes(loss.gamma_neg.shape, loss.clip.shape) if self.per_class else ()
@@ -165,16 +165,17 @@ def gap_of(sums: Tensor) -> Tensor:
 class AdaptiveAsymmetryHook(ProbabilityGapHook):
     """Steers the asymmetry of every :class:`AsymmetricLoss` to a wanted probability gap (Sec. 2.7, Eq. 11).
 
-    After each update, within bounds, ``gamma_neg += step * (target - gap)``. This is Eq. 11 with the other sign: as
-    printed there, ``gap - target``, it is positive feedback, since a larger gamma_neg raises the gap, and gamma_neg would
-    run into a bound.
+    After each update, within bounds,
 
-    The paper gives no step. The right one depends on the length of the training alone: all the data that the paper and
-    we have seen raise the gap by some 0.06 per unit of gamma_neg, so that the gap comes to its target like
-    exp(-0.06 * step * updates), and 500 over the number of all updates, the default, makes that a tenth of the training
-    (at most 0.5, where a training has fewer than 1000).
-    In the first updates every probability still is the head's prior, and the gap near -0.9 whatever gamma_neg is;
-    control begins after them.
+        gamma_neg += step * (target - gap) - damping * (gap - gap before)
+
+    The first term is Eq. 11 with the other sign: as printed there, ``gap - target``, it is positive feedback, since a
+    larger gamma_neg raises the gap, and gamma_neg would run into a bound. The second damps: it stops gamma_neg from
+    running ahead while the gap still moves, as in the first updates, when the gap is near -0.9 whatever gamma_neg is.
+
+    The paper gives no step. The right one depends on the length of the training: in Table 3, as in our runs, the gap
+    rises by 0.06 to 0.08 per unit of gamma_neg, so that it comes to its target about like exp(-0.06 * step * updates).
+    The default, 800 over the number of all updates, but at most 0.6, makes that a tenth of the training.
 
     The controlled values are in the checkpoint, beside the state dict. A resumed run goes on with them; one that only
     loads weights (``load_from``) starts from the config's.
@@ -183,6 +184,7 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
         target: Wanted gap, in (-1, 1). The paper tries 0 to 0.3 (Table 3).
         adapt: 'gamma_neg', 'clip', or both as a list; the margin then moves by 0.05 where gamma_neg would by 1.
         step: Change of gamma_neg per update and unit of gap, > 0 (lambda of Eq. 11); None: see above.
+        damping: See above, >= 0; 0 is Eq. 11 alone.
         begin: Share of the training before control begins, in [0, 1).
         decay: Whether the step falls linearly to 0 at the end of the training.
         per_class: One value and one gap for each class, instead of one for all.
@@ -203,6 +205,7 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
                  target: float = 0.1,
                  adapt: str | Sequence[str] = 'gamma_neg',
                  step: float | None = None,
+                 damping: float = 3.,
                  begin: float = 0.02,
                  decay: bool = False,
                  per_class: bool = False,
@@ -219,6 +222,8 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
             raise ValueError(f'target={target} must lie between -1 and 1, as the gap of two probabilities does')
         if step is not None and not step > 0:
             raise ValueError(f'step={step} must be above 0: a step below moves away from the target')
+        if not damping >= 0:
+            raise ValueError(f'damping={damping} must be 0 or above')
         if not 0 <= begin < 1:
             raise ValueError(f'begin={begin} must be a share of the training, in [0, 1)')
         for name, (low, high), end in (('gamma_bounds', gamma_bounds, math.inf), ('clip_bounds', clip_bounds, 1)):
@@ -227,12 +232,14 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
         self.target = target
         self.step = step
         self.rate = step
+        self.damping = damping
         self.begin = begin
         self.decay = decay
         self.per_class = per_class
         self.num_classes = num_classes
         bounds = dict(gamma_neg=(1., *gamma_bounds), clip=(CLIP_PER_GAMMA, *clip_bounds))
         self.adapted = {name: bounds[name] for name in adapt}  # scale of the step, lowest, highest
+        self.gaps: list[Tensor] = []  # before the last update; NaN: none yet
         self._resumed: list[dict] | None = None
 
     def before_run(self, runner: Runner) -> None:
@@ -247,9 +254,11 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
         if self.step is None:
             every = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
             self.rate = min(SPEED * every / runner.max_iters, HIGHEST_STEP)
+        self.gaps = [torch.full_like(sums[0], torch.nan) for sums in self.sums]
         if self._resumed:
-            for sums, state in zip(self.sums, self._resumed):
+            for sums, gap, state in zip(self.sums, self.gaps, self._resumed):
                 sums.copy_(state['sums'])
+                gap.copy_(state['gap'])
             return
         for loss in self.losses:
             # After FSDP's to_empty the values are garbage, after load_from those of another training.
@@ -261,17 +270,19 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
                                      'start inside them or widen them in AdaptiveAsymmetryHook')
 
     def control(self, number: int, gap: Tensor, renewed: Tensor, done: float) -> None:
+        change = -self.damping * (gap - self.gaps[number]).nan_to_num(0)
+        self.gaps[number].copy_(gap)
         if done < self.begin:
             return
         step = self.rate * (1 - done) if self.decay else self.rate
-        change = step * renewed * (self.target - gap).clamp(-ERROR_LIMIT, ERROR_LIMIT)
+        change += step * renewed * (self.target - gap).clamp(-ERROR_LIMIT, ERROR_LIMIT).nan_to_num(0)
         for name, (scale, low, high) in self.adapted.items():
-            getattr(self.losses[number], name).add_(scale * change.nan_to_num(0)).clamp_(low, high)
+            getattr(self.losses[number], name).add_(scale * change).clamp_(low, high)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         checkpoint[STATE] = [
-            dict(gamma_neg=loss.gamma_neg.cpu(), clip=loss.clip.cpu(), sums=sums.cpu())
-            for loss, sums in zip(self.losses, self.sums)]
+            dict(gamma_neg=loss.gamma_neg.cpu(), clip=loss.clip.cpu(), sums=sums.cpu(), gap=gap.cpu())
+            for loss, sums, gap in zip(self.losses, self.sums, self.gaps)]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         if restore_asymmetry(runner.model, checkpoint):

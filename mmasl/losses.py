@@ -31,9 +31,9 @@ class AsymmetricLoss(nn.Module):
     ``gamma_pos``, ``gamma_neg`` and ``clip`` live on the module as float32 tensors, outside its state dict; change them
     in place (``loss.gamma_neg.fill_(3)``) at any step, without recompiling.
 
-    With ``track_probabilities = True`` each call in training mode adds the four sums of the probability gap (Eq. 9-10) to
-    ``probability_sums``, (4, C) or None: see ``return_sums`` of :func:`mmasl.ops.asymmetric_loss`. Whoever reads them
-    sets them back to None, as :class:`mmasl.ProbabilityGapHook` does.
+    With ``track_probabilities = True`` each call in training mode adds the four sums of the probability gap (Eq. 9-10)
+    to ``probability_sums``, (4, C) or None: see ``return_sums`` of :func:`mmasl.ops.asymmetric_loss`. Whoever reads
+    them sets them back to None, as :class:`mmasl.ProbabilityGapHook` does.
 
     Args:
         gamma_pos: Focusing parameter of positives, >= 0: one number, or one per class. The paper uses 0 in

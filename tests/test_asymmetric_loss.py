@@ -1,4 +1,6 @@
 """The operator against the equations: in float64 by autograd, at extremes in 60 digits by mpmath."""
+import itertools
+
 import mpmath
 import pytest
 import torch
@@ -306,11 +308,10 @@ def test_compiled_out_of_range_target_is_nan(compiled):
 def sums_by_loop(logits, y, counted):
     """Eq. 9 element by element: p of the positives, 1 - p of the negatives, and how many they are, per class."""
     sums = torch.zeros(4, logits.shape[-1], dtype=torch.float64)
-    for row in torch.cartesian_prod(*[torch.arange(n) for n in logits.shape[:-1]]).reshape(-1, logits.dim() - 1).tolist():
-        for c in range(logits.shape[-1]):
-            if counted[(*row, c)]:
-                p, label = torch.sigmoid(logits[(*row, c)].double()), float(y[(*row, c)])
-                sums[:, c] += torch.tensor([label * p, label, (1 - label) * (1 - p), 1 - label])
+    for index in itertools.product(*map(range, logits.shape)):
+        if counted[index]:
+            p, label, c = torch.sigmoid(logits[index].double()), float(y[index]), index[-1]
+            sums[:, c] += torch.tensor([label * p, label, (1 - label) * (1 - p), 1 - label])
     return sums
 
 

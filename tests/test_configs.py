@@ -14,6 +14,7 @@ from mmasl import AsymmetricLoss
 ROOT = Path(__file__).parents[1]
 PATHS = {path.stem: path for path in sorted((ROOT / 'configs').glob('*.py'))}
 LOSSES = ('bce', 'focal', 'asl')
+GAP_HOOKS = ('mmasl.ProbabilityGapHook', 'mmasl.AdaptiveAsymmetryHook')
 STOCK = dict(fcos_focal_coco='mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
              atss_focal_coco='mmdet::atss/atss_r50_fpn_1x_coco.py')
 # gamma_pos, gamma_neg, clip, alpha: App. B and H of the paper
@@ -79,7 +80,10 @@ def test_builds(name):
     assert getattr(head, 'cls_out_channels', head.num_classes) == head.num_classes
 
     losses = [module for module in model.modules() if isinstance(module, AsymmetricLoss)]
-    expected = SETTINGS['detector' if hasattr(model, 'bbox_head') else 'classifier'].get(loss_name(name))
+    loss = 'asl' if 'adaptive' in name else loss_name(name)
+    expected = SETTINGS['detector' if hasattr(model, 'bbox_head') else 'classifier'].get(loss)
+    hooks = [hook.type for hook in cfg.get('custom_hooks') or [] if hook.type in GAP_HOOKS]
+    assert len(hooks) == len(losses), 'what trains with the loss logs its gap'
     assert len(losses) == (expected is not None)
     for loss in losses:
         found = [getattr(loss, key).item() for key in ('gamma_pos', 'gamma_neg', 'clip')] + [loss.alpha]
@@ -103,6 +107,8 @@ def test_sisters_differ_in_the_loss_alone(name, other):
     assert different
     # On the digits every loss has its own learning rate, from an equal search: benchmarks/digits_lr.csv.
     allowed = {'param_scheduler.eta_max.'} if name.endswith('_digits') else set()
+    # Beside MMDetection's own loss there is no gap to log.
+    allowed |= {'custom_hooks.0.type.'} if load(other).default_scope == 'mmdet' else set()
     assert all(key.startswith(('model.bbox_head.loss_cls.', 'model.head.loss.')) for key in different - allowed)
 
 

@@ -1,4 +1,6 @@
 """The probability gap and its control, in MMEngine's runner on a small task whose gap answers to gamma_neg."""
+import os
+
 import pytest
 import torch
 import torch.multiprocessing
@@ -43,7 +45,9 @@ class Model(BaseModel):
 
     def forward(self, x, y, mode='tensor'):
         logits = x * self.scale + self.shift
-        return {f'loss_{i}': head.criterion(logits, y) for i, head in enumerate(self.heads)} if mode == 'loss' else logits
+        if mode != 'loss':
+            return logits
+        return {f'loss_{i}': head.criterion(logits, y) for i, head in enumerate(self.heads)}
 
 
 class Head(nn.Module):
@@ -190,7 +194,7 @@ def test_nan_holds(per_class):
     loss = AsymmetricLoss(gamma_neg=[2., 2.])
     shape = (2,) if per_class else ()
     hook.losses, hook.sums = [loss], [torch.zeros(4, *shape)]
-    hook.rate = 1.
+    hook.rate, hook.gaps = 1., [torch.full(shape, torch.nan)]
 
     def update(sums):
         loss.probability_sums = torch.tensor(sums)
@@ -284,9 +288,8 @@ def test_ema_is_not_disturbed(tmp_path, update_buffers):
 
 
 def two_ranks(rank, folder, per_class):
-    import os
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT='29431')
-    torch.distributed.init_process_group('gloo')
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
+    torch.distributed.init_process_group('gloo', f'file://{folder}/gloo', rank=rank, world_size=2)
     runner = make_runner(
         f'{folder}/two', AdaptiveAsymmetryHook(0., per_class=per_class), data=Task(1000), batch_size=50, shuffle=False,
         launcher='pytorch', cfg=dict(model_wrapper_cfg=dict(
@@ -300,7 +303,8 @@ def test_two_ranks_are_one_with_the_joint_batch(tmp_path, per_class):
     torch.multiprocessing.spawn(two_ranks, (str(tmp_path), per_class), nprocs=2)
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
     assert_close(first, second, rtol=0, atol=0)
-    runner = make_runner(tmp_path / 'one', AdaptiveAsymmetryHook(0., per_class=per_class), data=Task(1000), shuffle=False)
+    hook = AdaptiveAsymmetryHook(0., per_class=per_class)
+    runner = make_runner(tmp_path / 'one', hook, data=Task(1000), shuffle=False)
     runner.train()
     assert_close(first, [logged(runner, 'gamma_neg'), logged(runner, 'gap')], rtol=1e-4, atol=1e-5)
 
@@ -313,6 +317,7 @@ def test_registered():
     (dict(target=1.5), 'target=1.5 must lie between -1 and 1'),
     (dict(target=float('nan')), 'target=nan must lie'),
     (dict(step=-0.1), 'step=-0.1 must be above 0: a step below moves away'),
+    (dict(damping=-1), 'damping=-1 must be 0 or above'),
     (dict(begin=1), r'begin=1 must be a share of the training, in \[0, 1\)'),
     (dict(adapt='gamma'), r"adapt=\['gamma'\] must name 'gamma_neg', 'clip' or both"),
     (dict(adapt=[]), r'adapt=\[\] must name'),

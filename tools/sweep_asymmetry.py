@@ -9,6 +9,7 @@ import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -33,6 +34,12 @@ ATTEMPTS = {
     'warm start: fixed for 20 %': {f'{HOOK}.begin': 0.2},
     'decaying step': {f'{HOOK}.decay': True},
     'margin, gamma_neg 1': {f'{HOOK}.adapt': 'clip', f'{LOSS}.gamma_neg': 1.}}
+# Choices that the paper leaves open, one changed at a time, at target 0.1 from gamma_neg 0; its step is 0.58 here.
+CHOICES = {
+    **{f'step {step:g}': {f'{HOOK}.step': step} for step in (0.1, 1.5, 4.)},
+    **{f'window {window} updates': {f'{HOOK}.window': window} for window in (1, 20)},
+    **{f'damping {damping}': {f'{HOOK}.damping': damping} for damping in (0, 10)},
+    'begin at once': {f'{HOOK}.begin': 0.}}
 FIGURES = ('mAP', 'CF1', 'gap')
 WINDOW = 0.02  # share of the training over which a logged gap is averaged
 REACHED = 0.02  # distance from the target
@@ -43,6 +50,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--targets', type=float, nargs='*', default=[0., 0.1, 0.2, 0.3], help='targets of Table 3')
     parser.add_argument('--starts', type=float, nargs='*', default=[0., 8.], help='gamma_neg to start them from')
     parser.add_argument('--gammas', type=float, nargs='*', default=[0., 1., 2., 3., 4., 6.], help='fixed gamma_neg')
+    parser.add_argument('--choices', action=argparse.BooleanOptionalAction, default=True,
+                        help='also vary the step, the window and the beginning of the control')
     parser.add_argument('--seeds', type=int, default=5, help='seeds of the fixed ones and of the attempts')
     parser.add_argument('--work-dir', default='work_dirs/sweep_asymmetry', help='folder of the runs')
     parser.add_argument('--out', type=Path, default=Path('benchmarks/adaptive'), help='folder of rows and figures')
@@ -61,25 +70,34 @@ def main() -> None:
     dynamics = {(target, start): run('adaptive', f'target{target:g}_from{start:g}', 0,
                                      {f'{HOOK}.target': target, f'{LOSS}.gamma_neg': start})
                 for target in args.targets for start in args.starts}
+    choices = {name: run('adaptive', f'choice{number}', 0, {f'{LOSS}.gamma_neg': 0., **options})
+               for number, (name, options) in enumerate(CHOICES.items() if args.choices else ())}
+    if choices and (0.1, 0.) in dynamics:
+        choices = {'as it comes': dynamics[0.1, 0.], **choices}
     methods = {f'fixed {gamma:g}': [run('fixed', f'fixed{gamma:g}', seed, {f'{LOSS}.gamma_neg': gamma})
                                     for seed in range(args.seeds)] for gamma in args.gammas}
     methods |= {name: [run('adaptive', f'attempt{number}', seed, options) for seed in range(args.seeds)]
                 for number, (name, options) in enumerate(ATTEMPTS.items())}
-    # Seed by seed, so that an interrupted sweep has whole seeds.
-    train([*dynamics.values(), *(runs[seed] for seed in range(args.seeds) for runs in methods.values())], args.jobs)
+    seed_by_seed = [runs[seed] for seed in range(args.seeds) for runs in methods.values()]
+    others = [one for one in choices.values() if one not in dynamics.values()]
+    train([*dynamics.values(), *seed_by_seed, *others], args.jobs)
 
     args.out.mkdir(parents=True, exist_ok=True)
     control = [dict(target=target, start=start, **judge(one, target), **figures(one))
                for (target, start), one in dynamics.items()]
+    varied = [dict(choice=name, **judge(one, 0.1), **figures(one)) for name, one in choices.items()]
     seeds = [dict(method=name, seed=seed, **figures(one)) for name, runs in methods.items()
              for seed, one in enumerate(runs)]
     if control:
         write(args.out / 'control.csv', control)
         plot_control(dynamics, args.out / 'control.svg')
+    if varied:
+        write(args.out / 'choices.csv', varied)
     if seeds:
         write(args.out / 'seeds.csv', seeds)
         plot_seeds(seeds, args.out / 'seeds.svg')
-    tables = '\n'.join([*render_control(control), '', *render_seeds(seeds)])
+    tables = '\n'.join([*render_control(control, ('target', 'start')), '', *render_control(varied, ('choice', )), '',
+                        *render_seeds(seeds)])
     (args.out / 'results.md').write_text(tables + '\n')
     print(f'\n{tables}\n\nRows, tables and figures: {args.out}')
 
@@ -120,13 +138,14 @@ def write(path: Path, rows: list[dict]) -> None:
         writer.writerows(row | origin for row in rows)
 
 
-def render_control(rows: list[dict]) -> list[str]:
-    lines = ['| target | start | target reached after | within 0.02 from then a tenth on | farthest | final gamma_neg | mAP |',
-             '|---|---|---|---|---|---|---|']
+def render_control(rows: list[dict], keys: Sequence[str]) -> list[str]:
+    head = [*keys, 'gap at the target after', 'then near it', 'farthest', 'final gamma_neg', 'mAP']
+    lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
     for row in rows:
         reached = f'{float(row["reached"]):.0%}' if row['reached'] else 'never'
-        lines.append(f'| {row["target"]:g} | {row["start"]:g} | {reached} | {float(row["near"]):.0%} | {row["farthest"]} | '
-                     f'{float(row["gamma_neg"]):.1f} | {float(row["mAP"]):.1f} |')
+        cells = [*(str(row[key]) for key in keys), reached, f'{float(row["near"]):.0%}', row['farthest'],
+                 f'{float(row["gamma_neg"]):.1f}', f'{float(row["mAP"]):.1f}']
+        lines.append('| ' + ' | '.join(cells) + ' |')
     return lines
 
 
@@ -159,7 +178,8 @@ def plot_control(runs: dict[tuple[float, float], Run], path: Path) -> None:
     starts = list(dict.fromkeys(start for _, start in runs))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
     for (target, start), run in runs.items():
-        style = dict(color=f'C{targets.index(target)}', linestyle=('-', '--', ':', '-.')[starts.index(start) % 4], linewidth=1.3)
+        style = dict(color=f'C{targets.index(target)}', linestyle=('-', '--', ':', '-.')[starts.index(start) % 4],
+                     linewidth=1.3)
         for axis, name in zip(axes, ('gamma_neg', 'gap')):
             axis.plot(*curve(run, name), **style, label=f'target {target:g}' if start == starts[0] else None)
     for target in targets:
@@ -179,11 +199,11 @@ def plot_seeds(rows: list[dict], path: Path) -> None:
     scores, gammas = summarize(rows, 'mAP'), summarize(rows, 'gamma_neg')
     figure, axis = plt.subplots(figsize=(8, 4.5), layout='constrained')
     fixed = [method for method in scores if method.startswith('fixed')]
-    axis.errorbar([gammas[m][0] for m in fixed], [scores[m][0] for m in fixed], [scores[m][1] for m in fixed], color='black',
-                  marker='o', capsize=3, label='fixed')
+    axis.errorbar([gammas[m][0] for m in fixed], *zip(*(scores[m] for m in fixed)), color='black', marker='o', capsize=3,
+                  label='fixed')
     for number, method in enumerate(m for m in scores if m not in fixed):
-        axis.errorbar(gammas[method][0], *scores[method], color=f'C{number}', marker='Ds^vP*XhHd'[number % 10], capsize=3,
-                      linestyle='', label=method)
+        axis.errorbar(gammas[method][0], *scores[method], color=f'C{number}', marker='Ds^vP*XhHd'[number % 10],
+                      capsize=3, linestyle='', label=method)
     axis.set(xlabel=r'$\gamma_-$ at the end of the training', ylabel='mAP [%], mean and 95 % interval')
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
