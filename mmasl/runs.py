@@ -1,7 +1,10 @@
 """Training runs as processes of tools/train.py: side by side, watched, resumed, and read back from what they write."""
+import csv
+import datetime
 import hashlib
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -11,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 
 TRAIN = Path(__file__).parents[1] / 'tools' / 'train.py'
@@ -114,6 +118,18 @@ class Run:
     def _stamp(self, finished: bool) -> None:
         stamp = dict(config=self.config, options=self.options, settings=self._settings(), finished=finished)
         (self._folder / 'run.json').write_text(json.dumps(stamp, indent=2) + '\n')
+
+
+def write_rows(path: Path, rows: Sequence[dict]) -> None:
+    """Write measured rows as CSV, each with the commit, the day, and the torch and device that they were made with."""
+    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores {platform.machine()}'
+    origin = dict(commit=commit, date=datetime.date.today().isoformat(), torch=torch.__version__, device=device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('w', newline='') as file:
+        writer = csv.DictWriter(file, [*rows[0], *(key for key in origin if key not in rows[0])], lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(origin | row for row in rows)  # rows of an earlier run keep their origin
 
 
 def train(runs: Sequence[Run], jobs: int | None = None) -> None:

@@ -216,3 +216,11 @@ custom_hooks = [dict(type='Restore')]
     assert [row['method'] for row in rows] == ['p', 'posterior', 'temperature scaling', 'Platt scaling']
     assert 'gamma_neg=2.0' in rows[0]['loss']
     assert float(rows[0]['threshold']) == pytest.approx(inverse_posterior(0.5, 2., 0.05).sigmoid().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize('name', ['synthetic', 'resnet_asl_digits'])
+def test_the_page_shows_what_was_measured(name):
+    with open(ROOT / 'benchmarks' / 'calibration' / f'{name}.csv') as file:
+        rows = [{key: float(value) if key in calibrate.FIGURES else value for key, value in row.items()}
+                for row in csv.DictReader(file)]
+    assert calibrate.render(rows) in (ROOT / 'docs' / 'analysis.md').read_text()

@@ -6,11 +6,6 @@ With "synthetic" in place of CONFIG it trains a small network for some seconds o
 the loss of --cfg-options, as in gamma_neg=2.
 """
 import argparse
-import csv
-import datetime
-import os
-import platform
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +29,7 @@ from mmasl.cli import (build_runner, check_data, is_classification, load_config,
 from mmasl.heads.multi_label import calibration_settings
 from mmasl.metrics import Conventions, expected_calibration_error, multilabel_report, reliability
 from mmasl.ops import inverse_posterior, posterior, posterior_cap
+from mmasl.runs import write_rows
 
 # Figure: decimals and unit in the table.
 FIGURES = {'ECE': (3, ''), 'class-wise ECE': (3, ''), 'Brier': (4, ''), 'error': (4, ''), 'CF1': (1, ' [%]'),
@@ -194,18 +190,8 @@ def span(values: Tensor) -> str:
 
 
 def write(path: Path, rows: list[dict[str, object]], **common: object) -> None:
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    device = f'{os.cpu_count()} cores {platform.machine()}'
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    common |= dict(commit=commit, date=datetime.date.today().isoformat(), torch=torch.__version__, device=device)
-    rows = [{key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()} | common
-            for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('w', newline='') as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(path, [{key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()} | common
+                      for row in rows])
 
 
 def plot(path: Path, scores: dict[str, np.ndarray], labels: np.ndarray, settings: dict[str, object],
@@ -260,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
           f'{len(labels)} images of {labels.shape[1]} classes, {share:.1%} positive; as many others for fitting\n\n'
           f'{render(rows)}\n')
     out, picture = args.out or work_dir / 'calibration.csv', args.plot or work_dir / 'calibration.svg'
-    write(out, rows, config=args.config, checkpoint=args.checkpoint or '', loss=repr(predictions.loss),
+    write(out, rows, config=args.config, seed=args.seed, checkpoint=args.checkpoint or '', loss=repr(predictions.loss),
           threshold=threshold, cap=cap, images=len(labels), classes=labels.shape[1], positive=f'{share:.4g}')
     plot(picture, scores, labels, settings, f'{args.config}, {len(labels)} images')
     print(f'Table and diagram: {out}, {picture}')

@@ -4,15 +4,9 @@ Rows go to a CSV file (benchmarks/digits_lr.csv by default) that the digits' con
 """
 import argparse
 import csv
-import datetime
-import os
-import platform
-import subprocess
 from pathlib import Path
 
-import torch
-
-from mmasl.runs import Run, train
+from mmasl.runs import Run, train, write_rows
 
 FIGURES = ('multi-label/mAP', 'multi-label/CF1', 'multi-label/OF1', 'multi-label/gap', 'coco/bbox_mAP')
 
@@ -38,21 +32,14 @@ def main() -> None:
     rows = {}
     if out.exists():
         rows = {(row['config'], float(row['lr'])): row for row in csv.DictReader(out.open())}
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
     for (config, lr), run in runs.items():
         *_, before, last = [None, *run.evaluations()]
         rows[config, lr] = dict(
             config=config, lr=f'{lr:g}', epochs=last['step'],
             **{key.split('/')[1]: f'{last[key]:.4g}' if key in last else '' for key in FIGURES},
             # How much the last evaluation still gained: whether the run had converged.
-            last_gain=f'{last[FIGURES[0]] - before[FIGURES[0]]:.2g}' if before and FIGURES[0] in last else '',
-            commit=commit, date=datetime.date.today().isoformat(), torch=torch.__version__,
-            device=f'{os.cpu_count()} cores {platform.machine()}')
-    out.parent.mkdir(exist_ok=True)
-    with out.open('w', newline='') as file:
-        writer = csv.DictWriter(file, fieldnames=next(iter(rows.values())), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows[key] for key in sorted(rows))
+            last_gain=f'{last[FIGURES[0]] - before[FIGURES[0]]:.2g}' if before and FIGURES[0] in last else '')
+    write_rows(out, [rows[key] for key in sorted(rows)])
     print(out.read_text())
 
 

@@ -4,11 +4,6 @@ Makes the data, trains what is missing, several runs side by side, and writes ro
 are kept in the work dir, interrupted ones resumed.
 """
 import argparse
-import csv
-import datetime
-import os
-import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,10 +12,9 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 
 from mmasl.datasets.digits import DigitScenes
-from mmasl.runs import Run, train
+from mmasl.runs import Run, train, write_rows
 
 CONFIGS = dict(fixed='configs/resnet_asl_digits_hard.py', adaptive='configs/resnet_adaptive_digits_hard.py')
 DIGITS = DigitScenes(train=6000, long_tail=0.7, missing=0.3)
@@ -89,12 +83,12 @@ def main() -> None:
     seeds = [dict(method=name, seed=seed, **figures(one)) for name, runs in methods.items()
              for seed, one in enumerate(runs)]
     if control:
-        write(args.out / 'control.csv', control)
+        write_rows(args.out / 'control.csv', control)
         plot_control(dynamics, args.out / 'control.svg')
     if varied:
-        write(args.out / 'choices.csv', varied)
+        write_rows(args.out / 'choices.csv', varied)
     if seeds:
-        write(args.out / 'seeds.csv', seeds)
+        write_rows(args.out / 'seeds.csv', seeds)
         plot_seeds(seeds, args.out / 'seeds.svg')
     tables = '\n'.join([*render_control(control, ('target', 'start')), '', *render_control(varied, ('choice', )), '',
                         *render_seeds(seeds)])
@@ -126,16 +120,6 @@ def judge(run: Run, target: float) -> dict[str, str]:
     later = np.abs(gap - target)[done >= 0.1]
     return dict(reached=f'{done[near.argmax()]:.3f}' if near.any() else '', near=f'{np.mean(later <= REACHED):.3f}',
                 farthest=f'{later.max():.3f}', mean_gap=f'{gap[done >= 0.1].mean():.4f}')
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    origin = dict(commit=commit, date=datetime.date.today().isoformat(), torch=torch.__version__,
-                  device=f'{os.cpu_count()} cores {platform.machine()}')
-    with path.open('w', newline='') as file:
-        writer = csv.DictWriter(file, fieldnames=[*rows[0], *origin], lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(row | origin for row in rows)
 
 
 def render_control(rows: list[dict], keys: Sequence[str]) -> list[str]:
