@@ -23,7 +23,9 @@ SOURCES = {  # pattern in the path of a missing file: where to get it
             '  annotations_trainval2014.zip (http://images.cocodataset.org/annotations/) in data/coco/.',
     'VOC2007': 'VOC 2007: unpack VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar\n'
                '  (http://host.robots.ox.ac.uk/pascal/VOC/voc2007/) in data/; they create data/VOCdevkit/VOC2007/.',
-    'digits': 'Digits: python tools/make_digits.py data/digits',
+    'digits(?!_hard)': 'Digits: python tools/make_digits.py data/digits',
+    'digits_hard': 'Harder digits: python tools/make_digits.py data/digits_hard --train 6000 --long-tail 0.7\n'
+                   '  --missing 0.3',
     'glyphs': 'Glyphs: python tools/make_digits.py data/glyphs --single --size 32'}
 NO_DOWNLOAD = ('Without any download: make demo; or python tools/make_digits.py data/digits, then\n'
                '  configs/fcos_asl_digits.py (detection) or configs/resnet_asl_digits.py (classification).')

@@ -179,10 +179,20 @@ def test_training_step(head):
     cfg.merge_from_dict({path: replaced(stock, ASL) for path, stock in stock_losses(cfg).items()})
     model = build(cfg)
     losses = replaced_modules(cfg, model)
+    modules = [model.get_submodule(name) for name in losses]
+    for module in modules:
+        module.track_probabilities = True
 
     for num_items in (3, 0), (0, ):
         model.zero_grad()
         logged, calls = step(head, model, losses, inputs(head, *num_items))
+        sums = torch.stack([module.probability_sums for module in modules if module.probability_sums is not None])
+        p_positives, positives, q_negatives, negatives = sums.unbind(1)
+        assert (0 <= p_positives).all() and (p_positives <= positives + 1e-3).all()
+        assert (0 < q_negatives).all() and (q_negatives <= negatives * (1 + 1e-5)).all()
+        assert bool(positives.any()) is any(num_items)
+        for module in modules:
+            module.probability_sums = None
         assert all(value.isfinite() for value in logged.values()), logged
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         if any(num_items):
@@ -297,3 +307,10 @@ def test_resolves_without_custom_imports():
     assert run("from mmengine.registry import MODELS; print(MODELS.get('mmasl.AsymmetricLoss').__module__)") == [
         'mmasl.losses'
     ]
+
+
+def test_needs_no_mmpretrain():
+    """A loss in a detector, where MMPretrain is not installed."""
+    assert run("import sys; sys.modules['mmpretrain'] = None; from mmengine.registry import MODELS, HOOKS;"
+               "print(MODELS.get('mmasl.AsymmetricLoss').__name__, HOOKS.get('mmasl.ProbabilityGapHook').__name__)") == [
+                   'AsymmetricLoss', 'ProbabilityGapHook']

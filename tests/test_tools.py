@@ -158,6 +158,16 @@ def test_missing_data_of_the_shipped_configs(config, path, place, source, folder
         assert expected in stop.value.code
 
 
+@pytest.mark.parametrize('config, command, other', (
+    ('resnet_asl_digits', 'make_digits.py data/digits\n', '--missing'),
+    ('resnet_adaptive_digits_hard', 'make_digits.py data/digits_hard --train 6000', 'Digits: ')))
+def test_missing_digits_have_a_cure_of_their_own(config, command, other):
+    with pytest.raises(SystemExit) as stop:
+        TRAIN.configure(TRAIN.build_parser().parse_args([
+            str(ROOT / 'configs' / f'{config}.py'), '--cfg-options', 'model.backbone.init_cfg=None']))
+    assert command in stop.value.code and other not in stop.value.code
+
+
 def test_missing_data_is_reported_whole_and_alone():
     for name in ('data/train.json', 'data/val.json'):
         Path(name).unlink()

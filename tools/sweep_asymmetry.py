@@ -27,7 +27,9 @@ ATTEMPTS = {
     'per class': {f'{HOOK}.per_class': True},
     'warm start: fixed for 20 %': {f'{HOOK}.begin': 0.2},
     'decaying step': {f'{HOOK}.decay': True},
-    'margin, gamma_neg 1': {f'{HOOK}.adapt': 'clip', f'{LOSS}.gamma_neg': 1.}}
+    'margin, gamma_neg 1': {f'{HOOK}.adapt': 'clip', f'{LOSS}.gamma_neg': 1.},
+    'target 0, warm start': {f'{HOOK}.target': 0., f'{HOOK}.begin': 0.2},
+    'target -0.2, warm start': {f'{HOOK}.target': -0.2, f'{HOOK}.begin': 0.2}}
 # Choices that the paper leaves open, one changed at a time, at target 0.1 from gamma_neg 0; its step is 0.58 here.
 CHOICES = {
     **{f'step {step:g}': {f'{HOOK}.step': step} for step in (0.1, 1.5, 4.)},
@@ -74,7 +76,7 @@ def main() -> None:
                 for number, (name, options) in enumerate(ATTEMPTS.items())}
     seed_by_seed = [runs[seed] for seed in range(args.seeds) for runs in methods.values()]
     others = [one for one in choices.values() if one not in dynamics.values()]
-    train([*dynamics.values(), *seed_by_seed, *others], args.jobs)
+    train([*dynamics.values(), *others, *seed_by_seed], args.jobs)
 
     args.out.mkdir(parents=True, exist_ok=True)
     control = [dict(target=target, start=start, **judge(one, target), **figures(one))
