@@ -31,7 +31,7 @@ class AsymmetricLoss(nn.Module):
     ``gamma_pos``, ``gamma_neg`` and ``clip`` live on the module as float32 tensors, outside its state dict; change them
     in place (``loss.gamma_neg.fill_(3)``) at any step, without recompiling.
 
-    With ``track_probabilities = True`` each call in training mode adds the four sums of the probability gap (Eq. 9-10)
+    With ``track_probabilities = True`` each call that trains adds the four sums of the probability gap (Eq. 9-10)
     to ``probability_sums``, (4, C) or None: see ``return_sums`` of :func:`mmasl.ops.asymmetric_loss`. Whoever reads
     them sets them back to None, as :class:`mmasl.ProbabilityGapHook` does.
 
@@ -121,7 +121,8 @@ class AsymmetricLoss(nn.Module):
             pred = pred.logit(eps=torch.finfo(pred.dtype).eps)
         if weight is not None:
             weight = _as_element_weight(weight, pred)
-        track = self.track_probabilities and self.training
+        # PAA calls its loss for the assignment too, without a gradient.
+        track = self.track_probabilities and self.training and torch.is_grad_enabled()
         loss = asymmetric_loss(pred, target, self.gamma_pos, self.gamma_neg, self.clip, self.alpha,
                                self.detach_focusing, self.ignore_index, weight, return_sums=track)
         if track:
