@@ -19,6 +19,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['mmasl', 'mmasl.*']),
+    package_data={'mmasl.paper': ['tables.json']},
     python_requires='>=3.10',
     # mmengine itself is not named: upstream's and the fork's distributions have different names and the same import name.
     install_requires=['torch>=2.4', 'numpy'],
