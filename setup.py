@@ -3,8 +3,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DETECTION = ['onedl-mmcv>=2.3.6', 'onedl-mmdetection>=3.5.1']
-CLASSIFICATION = ['onedl-mmcv>=2.3.6', 'onedl-mmpretrain>=1.3.6', 'timm>=1.0']
-DEMO = ['scikit-learn>=1.3', 'matplotlib>=3.7']
+CLASSIFICATION = ['onedl-mmcv>=2.3.6', 'onedl-mmpretrain>=1.3.6', 'timm>=1.0', 'tqdm']
+DEMO = ['scikit-learn>=1.3', 'scipy', 'matplotlib>=3.7']
 
 about = {}
 for line in Path(__file__).with_name('mmasl').joinpath('__init__.py').read_text().splitlines():

@@ -2,6 +2,7 @@
 from .hooks import AdaptiveAsymmetryHook, ProbabilityGapHook
 from .losses import AsymmetricLoss
 from .metrics import MultiLabelReport
+from .softmax_loss import AsymmetricSoftmaxLoss
 
 __version__ = '0.1.0'
-__all__ = ['AdaptiveAsymmetryHook', 'AsymmetricLoss', 'MultiLabelReport', 'ProbabilityGapHook']
+__all__ = ['AdaptiveAsymmetryHook', 'AsymmetricLoss', 'AsymmetricSoftmaxLoss', 'MultiLabelReport', 'ProbabilityGapHook']

@@ -14,8 +14,10 @@ from mmengine.registry import Registry
 # A detector's loss must not need MMPretrain.
 HEADS = ['mmasl.heads.multi_label'] if find_spec('mmpretrain') else []
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmasl', locations=['mmasl.losses', *HEADS])
+MODELS = Registry(
+    'model', parent=MMENGINE_MODELS, scope='mmasl', locations=['mmasl.losses', 'mmasl.softmax_loss', *HEADS])
 DATASETS = Registry(
-    'dataset', parent=MMENGINE_DATASETS, scope='mmasl', locations=['mmasl.datasets.coco', 'mmasl.datasets.voc'])
+    'dataset', parent=MMENGINE_DATASETS, scope='mmasl',
+    locations=[f'mmasl.datasets.{name}' for name in ('coco', 'voc', 'nus_wide', 'open_images', 'herbarium')])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='mmasl', locations=['mmasl.metrics'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmasl', locations=['mmasl.hooks'])

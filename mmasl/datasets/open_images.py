@@ -1,0 +1,264 @@
+"""Open Images from its own CSVs: labels verified to be there, verified to be absent, and not annotated."""
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+from mmengine.dist import is_main_process
+from mmengine.logging import print_log
+from mmpretrain.datasets import MultiLabelDataset
+from tqdm import tqdm
+
+from mmasl.datasets.coco import _refuse_repeats
+from mmasl.registry import DATASETS
+
+COLUMNS = ('ImageID', 'LabelName', 'Confidence')
+LINES = 2**18  # of a CSV at a time
+CURE = ('Get it from https://storage.googleapis.com/openimages/web/download.html, or set data_root and the name of the '
+        'file to where it lies. No download is needed for configs/*_digits.py')
+
+
+@DATASETS.register_module()
+class OpenImages(MultiLabelDataset):
+    """Image-level labels of Open Images (v4 to v7) in three states: positive, negative, not annotated.
+
+    A sample has ``img_path``, ``img_id`` (16 hexadecimal digits), ``gt_label`` (sorted array of int, the positives) and
+    ``gt_score``, float32 (C,) of 1, 0 and, where nobody looked, -1 or 0 by ``unannotated``. Images are those with a
+    label, in the order of their ids.
+
+    - Evaluate with ``unannotated='ignore'``: ``mmasl.MultiLabelReport`` leaves -1 out. Without that, mAP is at most
+      half of what is published.
+    - Train with 'ignore' and a loss with ``ignore_index=-1``, or with 'negative'. A weight in between, which is what
+      the paper used (App. F, the value is not given), is a matter of the loss and not of the labels: give it 'ignore',
+      so that it can tell the two kinds of negatives apart.
+
+    The labels are kept in arrays, 24 bytes an image and 2 a label, that workers share.
+
+    Args:
+        ann_file: CSV of human-verified labels with the columns ``ImageID``, ``LabelName``, ``Confidence``, which is 1
+            for positive and 0 for negative. As all files, absolute or in ``data_root``.
+        class_file: File whose first column holds the classes' ids in their order, such as
+            ``oidv6-classes-trainable.txt`` (9,605) or ``class-descriptions-boxable.csv`` (601). Labels of other classes
+            are left out.
+        unannotated: 'ignore' or 'negative', what ``gt_score`` says of a pair of image and class without a label.
+        description_file: CSV of class ids and names, for a ``class_file`` without names.
+        machine_file: CSV of machine-generated labels with the same columns. They are positives where no human decided.
+        min_confidence: Machine-generated labels below it, in (0, 1], are left out.
+        image_file: File whose first column holds the ids of the images to use, for instance those that were downloaded:
+            a list, or ``*-images-with-labels-with-rotation.csv``.
+        img_name: Path in ``data_prefix`` of the image with the id ``{id}``. For the archives of the data set's CVDF
+            mirror, unpacked beside each other, 'train_{id[0]}/{id}.jpg'.
+        **kwargs: As in :class:`mmpretrain.datasets.MultiLabelDataset`, but for ``classes`` and ``serialize_data``.
+
+    Raises:
+        FileNotFoundError: A file or the first image does not exist.
+        ValueError: A file lacks a column, has a damaged row, lists a class or image twice; a human label is neither 0
+            nor 1; a class has no description; no image has a label; or an argument is out of its range.
+    """
+
+    def __init__(self,
+                 ann_file: str,
+                 class_file: str,
+                 *,
+                 unannotated: str,
+                 description_file: str = '',
+                 machine_file: str = '',
+                 min_confidence: float = 0.5,
+                 image_file: str = '',
+                 img_name: str = '{id}.jpg',
+                 data_root: str = '',
+                 metainfo: dict | None = None,
+                 **kwargs) -> None:
+        if unannotated not in ('ignore', 'negative'):
+            raise ValueError(f"unannotated is {unannotated!r}; it must be 'ignore' or 'negative'")
+        if not 0 < min_confidence <= 1:
+            raise ValueError(f'min_confidence is {min_confidence}; it must be above 0 and at most 1')
+        if kwargs.get('classes') is not None or 'classes' in (metainfo or {}):
+            raise ValueError('classes are chosen and ordered by class_file here: give a shorter one')
+        self.unannotated = unannotated
+        self.min_confidence = min_confidence
+        self.img_name = img_name
+        self.machine_file = os.path.join(data_root, machine_file) if machine_file else ''
+        self.image_file = os.path.join(data_root, image_file) if image_file else ''
+        self.class_file = os.path.join(data_root, class_file)
+        self.class_ids, names = _read_classes(
+            self.class_file, os.path.join(data_root, description_file) if description_file else '')
+        # serialize_data would turn the labels into one pickled dict an image.
+        super().__init__(ann_file, data_root=data_root, metainfo=dict(metainfo or {}, classes=names),
+                         serialize_data=False, **kwargs)
+
+    def load_data_list(self) -> 'LabelledImages':
+        """Read the label files: a sequence of one dict an image, made when it is asked for."""
+        parts = [self._read_labels(self.machine_file, human=False)] if self.machine_file else []
+        # Of two labels of a pair the last counts, so humans come last.
+        parts.append(self._read_labels(self.ann_file, human=True))
+        images = LabelledImages.from_runs(*map(np.concatenate, zip(*parts)))
+        total = len(images)
+        if self.image_file:
+            ids = _read_column(self.image_file, 'image id')
+            wanted = _parse_ids(np.array(ids, 'S17'), self.image_file)
+            images = images.subset(np.isin(images.ids, wanted).nonzero()[0])
+        if not len(images):
+            raise ValueError(f'no image of {self.ann_file} has a label of the {len(self.class_ids)} classes of '
+                             f'{self.class_file}' + (f' and is in {self.image_file}' if total else ''))
+        print_log(f'{self.ann_file}: {len(images):,} images, {len(images.labels):,} labels read', 'current')
+        first = self._img_path(images[0]['img_id'])
+        if not os.path.exists(first):
+            raise FileNotFoundError(f'There is no image {first}, the first of {self.ann_file}. Set data_prefix and '
+                                    'img_name to where the images lie; image_file limits the data set to those that '
+                                    f'were downloaded. {CURE}')
+        return images
+
+    def get_data_info(self, idx: int) -> dict:
+        """The sample's ids and its labels of all classes."""
+        info = super().get_data_info(idx)
+        labels = info.pop('labels')
+        score = np.full(len(self.class_ids), -1 if self.unannotated == 'ignore' else 0, np.float32)
+        score[np.where(labels < 0, ~labels, labels)] = labels >= 0
+        return dict(info, img_path=self._img_path(info['img_id']), gt_score=score, gt_label=(score == 1).nonzero()[0])
+
+    def _img_path(self, img_id: str) -> str:
+        return os.path.join(self.img_prefix, self.img_name.format(id=img_id))
+
+    def _get_unserialized_subset(self, indices: Sequence[int] | int) -> 'LabelledImages':
+        if isinstance(indices, int):
+            indices = range(len(self.data_list))[:indices] if indices >= 0 else range(len(self.data_list))[indices:]
+        return self.data_list.subset(np.asarray(indices, np.int64))
+
+    def _read_labels(self, path: str, human: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Runs of equal image ids (R,) uint64, their lengths (R,), and all labels: c, or ~c for a negative."""
+        order = np.argsort(self.class_ids)
+        table = np.array(self.class_ids, 'S')[order]
+        label_type = np.int16 if len(table) < 2**15 else np.int32
+        parts = []
+        for line, rows in _read_rows(path, table.itemsize + 1):
+            confidence = rows['Confidence']
+            if human and not ((confidence == 0) | (confidence == 1)).all():
+                bad = ((confidence != 0) & (confidence != 1)).argmax()
+                raise ValueError(f'{path}, line {line + bad}: Confidence {confidence[bad]:g} is neither 1 (verified '
+                                 'positive) nor 0 (verified negative); machine-generated labels go to machine_file')
+            place = table.searchsorted(rows['LabelName']).clip(max=len(table) - 1)
+            keep = table[place] == rows['LabelName']
+            if not human:
+                keep &= confidence >= self.min_confidence
+            labels, ids = order[place[keep]].astype(label_type), rows['ImageID'][keep]
+            starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]][:len(ids)])
+            parts.append((_parse_ids(ids[starts], f'{path}, from line {line}'), np.diff(starts, append=len(ids)),
+                          np.where(confidence[keep] > 0, labels, ~labels)))
+        if not parts:
+            raise ValueError(f'{path} has no label; get it again')
+        return tuple(map(np.concatenate, zip(*parts)))
+
+
+class LabelledImages(Sequence):
+    """Images and their labels in compressed rows; an item is a dict of ``img_id`` and ``labels``.
+
+    Args:
+        ids: Image ids (N,), uint64.
+        starts, ends: Where the labels of each image begin and end, (N,).
+        labels: The labels of all images, c for positive and ~c for negative, signed integers.
+    """
+
+    def __init__(self, ids: np.ndarray, starts: np.ndarray, ends: np.ndarray, labels: np.ndarray) -> None:
+        self.ids, self.starts, self.ends, self.labels = ids, starts, ends, labels
+
+    @classmethod
+    def from_runs(cls, ids: np.ndarray, lengths: np.ndarray, labels: np.ndarray) -> 'LabelledImages':
+        """Sort runs of labels of one image each by image, keeping the order of an image's runs."""
+        order = ids.argsort(kind='stable')
+        if (order[1:] < order[:-1]).any():
+            starts, ids, lengths = (lengths.cumsum() - lengths)[order], ids[order], lengths[order]
+            source = np.repeat(starts - (lengths.cumsum() - lengths), lengths)
+            source += np.arange(len(labels))
+            labels = labels[source]
+        ends = lengths.cumsum()
+        last = np.flatnonzero(np.r_[ids[1:] != ids[:-1], True][:len(ids)])
+        ids, ends = ids[last], ends[last]
+        return cls(ids, np.r_[0, ends[:-1]][:len(ends)], ends, labels)
+
+    def subset(self, indices: np.ndarray) -> 'LabelledImages':
+        """The images at ``indices``, on the same labels."""
+        return LabelledImages(self.ids[indices], self.starts[indices], self.ends[indices], self.labels)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, idx: int) -> dict:
+        return dict(img_id=f'{self.ids[idx]:016x}', labels=self.labels[self.starts[idx]:self.ends[idx]])
+
+
+def _open(path: str):
+    if not os.path.exists(path):
+        raise FileNotFoundError(f'There is no file {path}. {CURE}')
+    return open(path, newline='', encoding='utf-8')
+
+
+def _read_rows(path: str, label_size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Parts of a label file as records, each with the number of its first line."""
+    with _open(path) as file:
+        header = file.readline().strip().split(',')
+        missing = [name for name in COLUMNS if name not in header]
+        if missing:
+            raise ValueError(f'{path} lacks the columns {missing} and has {header}: give a file of image-level labels, '
+                             '*-annotations-human-imagelabels.csv or *-annotations-machine-imagelabels.csv')
+        # One byte more than an id has shows those that are too long.
+        record = np.dtype(list(zip(COLUMNS, ('S17', f'S{label_size}', np.float64))))
+        columns = [header.index(name) for name in COLUMNS]
+        line = 2
+        with tqdm(total=os.path.getsize(path), desc=os.path.basename(path), unit='B', unit_scale=True,
+                  disable=None if is_main_process() else True) as progress:
+            while lines := list(islice(file, LINES)):
+                try:
+                    rows = np.loadtxt(lines, record, comments=None, delimiter=',', usecols=columns, ndmin=1)
+                except ValueError as error:
+                    raise ValueError(f'{path} is damaged in the {len(lines)} lines from {line} on ({error}): get it '
+                                     'again') from error
+                yield line, rows
+                line += len(lines)
+                progress.update(sum(map(len, lines)))
+
+
+def _parse_ids(text: np.ndarray, where: str) -> np.ndarray:
+    """Ids of 16 hexadecimal digits, S17 (N,), as uint64 (N,)."""
+    if not len(text):
+        return np.empty(0, np.uint64)
+    last = text.view('S1').reshape(-1, 17)[:, 16]
+    try:
+        if last.any():
+            raise ValueError
+        ids = np.frombuffer(bytes.fromhex(text.astype('S16').tobytes().decode('ascii')), '>u8')
+        if len(ids) != len(text):
+            raise ValueError
+    except ValueError:
+        bad = next(x for x in text.tolist() if len(x) != 16 or x.strip(b'0123456789abcdefABCDEF'))
+        raise ValueError(f'{where}: image id {bad.decode("latin1")!r} is not 16 hexadecimal digits') from None
+    return ids.astype(np.uint64)
+
+
+def _read_column(path: str, what: str) -> list[str]:
+    """The first column of a file without its header, if it has one: ids are unique, so a header is no id."""
+    with _open(path) as file:
+        values = [row[0].strip() for row in csv.reader(file) if row]
+    values = values[1:] if values[:1] in (['ImageID'], ['LabelName']) else values
+    _refuse_repeats(values, f'{path} lists {what}')
+    if not values:
+        raise ValueError(f'{path} lists no {what}')
+    return values
+
+
+def _read_classes(class_file: str, description_file: str) -> tuple[list[str], tuple[str, ...]]:
+    """Ids and names of the classes; a name that several classes have is followed by the id."""
+    ids = _read_column(class_file, 'class')
+    names = dict(zip(ids, ids))
+    for path in filter(None, (class_file, description_file)):
+        with _open(path) as file:
+            described = {row[0]: row[1] for row in csv.reader(file) if len(row) > 1}
+        if path == description_file and (unknown := [x for x in ids if x not in described]):
+            raise ValueError(f'{len(unknown)} classes of {class_file} are not in {description_file}, the first is '
+                             f'{unknown[0]!r}: give the descriptions of the same version, such as '
+                             'oidv6-class-descriptions.csv')
+        names |= {x: described[x] for x in ids if x in described}
+    times = Counter(names.values())
+    return ids, tuple(name if times[name] == 1 else f'{name} ({x})' for x, name in names.items())
