@@ -1,5 +1,6 @@
 """The operator against the equations: in float64 by autograd, at extremes in 60 digits by mpmath."""
 import itertools
+import math
 
 import mpmath
 import pytest
@@ -350,8 +351,9 @@ def test_probability_sums(shape, form, weight, dtype):
     assert_close(loss, plain if weight is None else plain * weight)
 
 
-@pytest.mark.parametrize('weight', [torch.tensor([[0.5], [0.], [2.]]), torch.rand(3, 4), torch.rand(4)], ids=str)
-def test_weight_is_a_factor_of_loss_and_gradient(weight):
+@pytest.mark.parametrize('shape', [(3, 1), (3, 4), (4, )], ids=str)
+def test_weight_is_a_factor_of_loss_and_gradient(shape):
+    weight = torch.linspace(0, 2, math.prod(shape)).reshape(shape)
     logits, target = torch.randn(3, 4), torch.randint(2, (3, 4))
     assert_close(value_and_grad(asymmetric_loss, logits, target, weight=weight),
                  value_and_grad(lambda *args: asymmetric_loss(*args) * weight, logits, target))
