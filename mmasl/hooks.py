@@ -129,6 +129,7 @@ class ProbabilityGapHook(Hook):
 
     def _take(self, loss: AsymmetricLoss, sums: Tensor) -> Tensor:
         """Move the loss's sums of this update into the window, in place; returns ``renewed`` of :meth:`control`."""
+        # All ranks add up, also one whose loss was not called: YOLOX does not call it without objects.
         batch = torch.zeros_like(sums)
         if loss.probability_sums is not None:
             batch += loss.probability_sums if self.per_class else loss.probability_sums.sum(-1)
