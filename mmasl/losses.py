@@ -137,12 +137,8 @@ class AsymmetricLoss(nn.Module):
     def _divisor(self, pred: Tensor, target: Tensor | tuple[Tensor, Tensor],
                  avg_factor: float | Tensor | None) -> float | Tensor:
         """``avg_factor`` or the number of elements that count; never 0, so that an empty batch has loss 0."""
-        if isinstance(avg_factor, Tensor):
-            if avg_factor.numel() != 1:
-                raise ValueError(f'avg_factor of shape {tuple(avg_factor.shape)} must have one element')
-            return avg_factor.reshape(()).clamp(min=torch.finfo(torch.float32).eps)
         if avg_factor is not None:
-            return max(avg_factor, torch.finfo(torch.float32).eps)
+            return as_divisor(avg_factor)
         if self.ignore_index is None:
             return max(pred.numel(), 1)
         labels = target[0] if isinstance(target, (tuple, list)) else target
@@ -173,6 +169,15 @@ class AsymmetricLoss(nn.Module):
         return ', '.join(f'{name}={plain(getattr(self, name))}' for name in ('gamma_pos', 'gamma_neg', 'clip')) + (
             f', alpha={self.alpha}, detach_focusing={self.detach_focusing}, reduction={self.reduction}, '
             f'loss_weight={self.loss_weight}, ignore_index={self.ignore_index}')
+
+
+def as_divisor(avg_factor: float | Tensor) -> float | Tensor:
+    """``avg_factor``, kept above 0 without a wait for the device."""
+    if not isinstance(avg_factor, Tensor):
+        return max(avg_factor, torch.finfo(torch.float32).eps)
+    if avg_factor.numel() != 1:
+        raise ValueError(f'avg_factor of shape {tuple(avg_factor.shape)} must have one element')
+    return avg_factor.reshape(()).clamp(min=torch.finfo(torch.float32).eps)
 
 
 def _as_element_weight(weight: Tensor, pred: Tensor) -> Tensor:

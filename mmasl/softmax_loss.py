@@ -4,7 +4,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .losses import REDUCTIONS
+from .losses import REDUCTIONS, as_divisor
 from .ops.asymmetric_softmax import asymmetric_softmax_loss
 from .registry import MODELS
 
@@ -96,12 +96,8 @@ class AsymmetricSoftmaxLoss(nn.Module):
 
     def _divisor(self, target: Tensor, avg_factor: float | Tensor | None) -> float | Tensor:
         """``avg_factor`` or the number of samples that count; never 0, so that an empty batch has loss 0."""
-        if isinstance(avg_factor, Tensor):
-            if avg_factor.numel() != 1:
-                raise ValueError(f'avg_factor of shape {tuple(avg_factor.shape)} must have one element')
-            return avg_factor.reshape(()).clamp(min=torch.finfo(torch.float32).eps)
         if avg_factor is not None:
-            return max(avg_factor, torch.finfo(torch.float32).eps)
+            return as_divisor(avg_factor)
         return max(target.numel(), 1) if self.ignore_index is None else (target != self.ignore_index).sum().clamp(min=1)
 
     def extra_repr(self) -> str:
