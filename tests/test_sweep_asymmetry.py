@@ -72,3 +72,17 @@ def test_methods_are_compared_on_the_same_seeds():
     table = sweep.render_seeds(rows)
     assert 'mAP above fixed 1' in table[0]
     assert [line.split('|')[3].strip() for line in table[2:]] == ['', '-1.00 ± 0.00', '+1.25 ± 3.18']
+
+
+def test_the_readme_sums_up_the_rows():
+    mean = {name: values.mean() for name, values in sweep.by_method(read('seeds.csv'), 'mAP').items()}
+    best = max(value for name, value in mean.items() if name.startswith('fixed'))
+    behind = {name: best - mean[name] for name in sweep.ATTEMPTS}
+    with open(ROOT / 'benchmarks' / 'calibration' / 'resnet_asl_digits.csv') as file:
+        p, posterior, *_ = csv.DictReader(file)
+    text = ' '.join((ROOT / 'README.md').read_text().split())
+    for expected in (f'error of {float(posterior["ECE"]):.3f} on the digits where p has {float(p["ECE"]):.3f}',
+                     f'decides {float(posterior["CF1"]) - float(p["CF1"]):.1f} points of CF1 better',
+                     f'its default is {behind["adaptive, target 0.1 (default)"]:.1f} mAP behind',
+                     f'its best setting {min(behind.values()):.1f}'):
+        assert expected in text
