@@ -123,3 +123,112 @@ def test_settings_are_the_loss_own():
     loss = build('MultiLabelClsHead').loss_module
     settings = calibration_settings(loss)
     assert settings['gamma_neg'] is loss.gamma_neg and settings['detach_focusing'] is False
+
+
+def samples_of(labels):
+    return [DataSample().set_gt_label(label) for label in labels]
+
+
+LABELS = [[0, 5], [], [3], [1, 2, 4], [5]]
+CHUNKED = {
+    'sum': dict(reduction='sum'), 'mean': dict(), 'loss_weight': dict(loss_weight=0.3), 'alpha': dict(alpha=0.3),
+    'per-class': dict(gamma_neg=[0., 1., 2., 3., 4., 5.]), 'detached': dict(detach_focusing=True)}
+
+
+@pytest.mark.parametrize('setting', CHUNKED.values(), ids=CHUNKED)
+@pytest.mark.parametrize('chunk_size', [1, 4, 100])
+@pytest.mark.parametrize('labels', ['gt_label', 'gt_score'])
+def test_chunked_head_trains_as_the_whole_one(setting, chunk_size, labels):
+    samples = samples_of(LABELS)
+    if labels == 'gt_score':
+        generator = torch.Generator().manual_seed(2)
+        samples = [DataSample().set_gt_score(torch.rand(6, generator=generator)) for _ in LABELS]
+        samples[2].gt_score[1] = -1
+        setting = setting | dict(ignore_index=-1)
+    results = []
+    for kwargs in (dict(), dict(chunk_size=chunk_size)):
+        head = build('MultiLabelLinearClsHead', loss=ASL | setting, **kwargs).double()
+        head.loss_module.track_probabilities = True
+        feats = features('MultiLabelLinearClsHead')[0].double().requires_grad_()
+        for _ in range(2):  # calls add up
+            losses = head.loss((feats, ), samples)
+            losses['loss'].backward()
+        results.append((losses, feats.grad, dict(head.named_parameters()), head.fc.weight.grad, head.fc.bias.grad,
+                        head.loss_module.probability_sums))
+        with torch.no_grad():
+            head.loss((feats, ), samples)
+        assert_close(head.loss_module.probability_sums, results[-1][-1], rtol=0, atol=0)
+    assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert results[1][0]['loss'] != 0
+
+
+def test_chunked_head_never_calls_its_layer(monkeypatch):
+    """And predicts and is saved as the whole one."""
+    head, whole = build('MultiLabelLinearClsHead', chunk_size=4), build('MultiLabelLinearClsHead')
+    whole.load_state_dict(head.state_dict(), strict=True)
+    feats = features('MultiLabelLinearClsHead')
+    for actual, expected in zip(head.predict(feats), whole.predict(feats)):
+        assert_close(actual.pred_score, expected.pred_score, rtol=0, atol=0)
+        assert_close(actual.calibrated_score, expected.calibrated_score, rtol=0, atol=0)
+    for module in (head, whole):
+        monkeypatch.setattr(module.fc, 'forward', lambda _: pytest.fail('the logits were made'))
+    head.loss(feats, samples_of(LABELS))
+    with pytest.raises(pytest.fail.Exception, match='the logits'):
+        whole.loss(feats, samples_of(LABELS))
+
+
+def test_chunked_head_follows_the_loss_as_it_changes():
+    head, whole = build('MultiLabelLinearClsHead', chunk_size=4), build('MultiLabelLinearClsHead')
+    for gamma_neg in (4., 1.):
+        for module in (head, whole):
+            module.loss_module.gamma_neg.fill_(gamma_neg)
+        feats = features('MultiLabelLinearClsHead')
+        assert_close(head.loss(feats, samples_of(LABELS)), whole.loss(feats, samples_of(LABELS)))
+
+
+@pytest.mark.parametrize('chunk_size, loss, error, message', [
+    (0, ASL, ValueError, 'chunk_size=0 must be 1 class or more'),
+    (4, ASL | dict(reduction='none'), ValueError, "chunk_size=4 needs .*reduction='mean' or 'sum'"),
+    (4, ASL | dict(activated=True), ValueError, 'chunk_size=4 needs a loss of logits .*not activated=True'),
+    (4, dict(type='CrossEntropyLoss', use_sigmoid=True), TypeError, "CrossEntropyLoss .*type='mmasl.AsymmetricLoss'"),
+], ids=['size', 'none', 'activated', 'cross-entropy'])
+def test_what_cannot_be_chunked_is_refused(chunk_size, loss, error, message):
+    with pytest.raises(error, match=message):
+        build('MultiLabelLinearClsHead', loss=loss, chunk_size=chunk_size)
+
+
+def test_chunked_head_names_bad_labels_and_arguments():
+    head, feats = build('MultiLabelLinearClsHead', chunk_size=4), features('MultiLabelLinearClsHead')
+    with pytest.raises(ValueError, match=r'class 6 at \[1\] is out of range, which is 0 to 5'):
+        head.loss(feats, samples_of([[0], [6], [], [], []]))
+    with pytest.raises(TypeError, match='with chunk_size=4 the loss takes no weight'):
+        head.loss(feats, samples_of(LABELS), weight=torch.ones(5))
+
+
+def test_chunked_head_in_ddp():
+    """Its gradients pass through DDP's hooks as any: here one that doubles them."""
+    def hook(_, bucket):
+        future = torch.futures.Future()
+        future.set_result(2 * bucket.buffer())
+        return future
+
+    class Model(torch.nn.Module):
+
+        def __init__(self, **kwargs):
+            super().__init__()
+            self.head = build('MultiLabelLinearClsHead', **kwargs)
+
+        def forward(self, feats):
+            return self.head.loss(feats, samples_of(LABELS))['loss']
+
+    alone = Model()
+    alone(features('MultiLabelLinearClsHead')).backward()
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(Model(chunk_size=4))
+        model.register_comm_hook(None, hook)
+        model(features('MultiLabelLinearClsHead')).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for ours, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        assert_close(ours.grad, 2 * expected.grad)

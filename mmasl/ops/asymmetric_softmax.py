@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .asymmetric_loss import _in_range, asymmetric_loss
+from .asymmetric_loss import asymmetric_loss
+from .eager import in_range
 
 
 def asymmetric_softmax_loss(logits: Tensor,
@@ -58,7 +59,7 @@ def asymmetric_softmax_loss(logits: Tensor,
     if ignored is not None:
         labels = labels.masked_fill(ignored, 0)
     allowed = f'0 to {num_classes - 1}{"" if ignore_index is None else f", {ignore_index} to ignore"}'
-    known = _in_range(labels, num_classes - 1, 'label', allowed)
+    known = in_range(labels, num_classes - 1, 'label', allowed)
     labels = labels.clamp(0, num_classes - 1)
 
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,2 @@
+def obstacle(logits):
+    return 'not written'
