@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops import asymmetric_loss
+from .ops.asymmetric_loss import IMPLEMENTATIONS
 from .registry import MODELS
 
 REDUCTIONS = ('none', 'mean', 'sum')
@@ -50,6 +51,7 @@ class AsymmetricLoss(nn.Module):
         loss_weight: Factor of the result.
         ignore_index: Target value of elements, or label of rows, to leave out.
         activated: The predictions are probabilities, as TOOD gives them, and not logits.
+        implementation: 'triton', 'eager', or None for the faster one that can run: see docs/speed.md.
 
     Raises:
         ValueError: A parameter is out of its range; the message names it.
@@ -65,12 +67,15 @@ class AsymmetricLoss(nn.Module):
                  reduction: str = 'mean',
                  loss_weight: float = 1.,
                  ignore_index: int | None = None,
-                 activated: bool = False) -> None:
+                 activated: bool = False,
+                 implementation: str | None = None) -> None:
         super().__init__()
         if use_sigmoid is not True:
             raise ValueError(f'use_sigmoid={use_sigmoid}: AsymmetricLoss is defined on sigmoids, set use_sigmoid=True')
         if reduction not in REDUCTIONS:
             raise ValueError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
+        if implementation not in (None, *IMPLEMENTATIONS):
+            raise ValueError(f'implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None')
         if alpha is not None and not 0 <= alpha <= 1:
             raise ValueError(f'alpha={alpha} must be between 0 and 1, or None')
         if not math.isfinite(loss_weight):
@@ -90,6 +95,7 @@ class AsymmetricLoss(nn.Module):
         self.loss_weight = loss_weight
         self.ignore_index = ignore_index
         self.activated = activated
+        self.implementation = implementation
         self.track_probabilities = False
         self.probability_sums: Tensor | None = None
 
@@ -123,16 +129,17 @@ class AsymmetricLoss(nn.Module):
             weight = _as_element_weight(weight, pred)
         # PAA calls its loss for the assignment too, without a gradient.
         track = self.track_probabilities and self.training and torch.is_grad_enabled()
+        scale = self.loss_weight
+        if reduction == 'mean':
+            scale = scale / self._divisor(pred, target, avg_factor)
         loss = asymmetric_loss(pred, target, self.gamma_pos, self.gamma_neg, self.clip, self.alpha,
-                               self.detach_focusing, self.ignore_index, weight, return_sums=track)
+                               self.detach_focusing, self.ignore_index, weight, return_sums=track,
+                               reduction='none' if reduction == 'none' else 'sum', scale=scale,
+                               implementation=self.implementation)
         if track:
             loss, sums = loss
             self.probability_sums = sums if self.probability_sums is None else self.probability_sums + sums
-        if reduction != 'none':
-            loss = loss.sum()
-        if reduction == 'mean':
-            loss = loss / self._divisor(pred, target, avg_factor)
-        return self.loss_weight * loss
+        return loss
 
     def _divisor(self, pred: Tensor, target: Tensor | tuple[Tensor, Tensor],
                  avg_factor: float | Tensor | None) -> float | Tensor:

@@ -23,7 +23,10 @@ except ImportError:  # no Triton, which comes with torch's CUDA builds
     fused = None
 
 Parameter = float | Tensor
+# Not in torch 2.4 and 2.5: there the gradient is never scaled in place.
+_graph_is_kept = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', lambda: True)
 REDUCTIONS = ('none', 'rows', 'sum')
+IMPLEMENTATIONS = ('triton', 'eager')
 
 
 def asymmetric_loss(logits: Tensor,
@@ -111,8 +114,8 @@ def _pick(implementation: str | None, logits: Tensor) -> str:
     obstacle = ('it takes Triton, which is not installed' if fused is None else fused.obstacle(logits))
     if implementation is None:
         return 'eager' if obstacle else 'triton'
-    if implementation not in ('triton', 'eager'):
-        raise ValueError(f"implementation={implementation!r} must be 'triton', 'eager' or None")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f'implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None')
     if implementation == 'triton' and obstacle:
         raise RuntimeError(f"implementation='triton' cannot run: {obstacle}. Use 'eager', or None to have it chosen")
     return implementation
@@ -134,10 +137,11 @@ def _forward(logits: Tensor, target: Tensor, quality: Optional[Tensor], weight: 
 @_forward.register_fake
 def _(logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing, ignore_index,
       reduction, implementation, need_grad, need_sums):
-    shape = {'none': logits.shape, 'rows': logits.shape[:-1], 'sum': ()}[reduction]
-    kept = need_grad and _keeps_gradient(logits, reduction)
-    return (gamma_neg.new_empty(shape), torch.empty_like(logits) if kept else logits.new_empty(0),
-            gamma_neg.new_empty((4, logits.shape[-1]) if need_sums else 0))
+    like = _like(implementation)
+    loss = (like(logits, gamma_neg.dtype) if reduction == 'none' else
+            gamma_neg.new_empty(logits.shape[:-1] if reduction == 'rows' else ()))
+    grad = like(logits, logits.dtype) if need_grad and _keeps_gradient(logits, reduction) else logits.new_empty(0)
+    return loss, grad, gamma_neg.new_empty((4, logits.shape[-1]) if need_sums else 0)
 
 
 @torch.library.custom_op('mmasl::asymmetric_loss_backward', mutates_args=())
@@ -151,8 +155,13 @@ def _gradient(upstream: Tensor, logits: Tensor, target: Tensor, quality: Optiona
 
 
 @_gradient.register_fake
-def _(upstream, logits, *args):
-    return torch.empty_like(logits)
+def _(upstream, logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing,
+      ignore_index, reduction, implementation):
+    return _like(implementation)(logits, logits.dtype)
+
+
+def _like(implementation: str):
+    return fused.like if implementation == 'triton' else lambda x, dtype: x.new_empty(x.shape, dtype=dtype)
 
 
 def _keeps_gradient(logits: Tensor, reduction: str) -> bool:
@@ -187,7 +196,8 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
     """The kept gradient times that of the reduced loss; in place unless it is needed again."""
     upstream = upstream.unsqueeze(-1) if upstream.dim() else upstream
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    traced = torch.compiler.is_compiling() or type(grad) is not Tensor
+    if traced or _graph_is_kept():
         return grad * upstream.to(grad.dtype)
     grad = grad.detach()
     if fused is not None and grad.is_cuda and not upstream.dim():

@@ -1,2 +1,298 @@
-def obstacle(logits):
-    return 'not written'
+"""The loss, its gradient and the probability sums in one Triton kernel, which reads the logits once.
+
+A program handles a tile of rows and classes. A reduction leaves one number of each tile, row or class, and a second,
+short sum in a fixed order: no atomics, so that results do not change from run to run. All parameters are read from
+memory, so that changing one recompiles nothing.
+"""
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+TILE = 2048  # elements of a program
+INTERPRETED = knobs.runtime.interpret  # by TRITON_INTERPRET=1, which runs the kernel on the CPU
+FAST = tl.constexpr(not INTERPRETED)
+# What the kernel writes as the loss, and the shape of the upstream gradient that it reads.
+MODES = {'none': 1, 'rows': 2, 'sum': 3}
+
+
+def obstacle(logits: Tensor) -> str:
+    """Why the kernel cannot run on these logits; empty if it can."""
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f'the kernel computes in float32, and the logits are {logits.dtype}'
+    if not logits.is_cuda and not (INTERPRETED and logits.device.type == 'cpu'):
+        return f'it takes CUDA, and the logits are on {logits.device}'
+    return ''
+
+
+def layout(logits: Tensor) -> tuple[int, int, int, int] | None:
+    """How the kernel reads the logits in place: (outer, inner, stride of a row, stride of a class).
+
+    Rows are numbered ``outer * inner``. Either classes lie side by side, or a permuted map has the rows of each of
+    ``outer`` images side by side; None: neither, the logits must be copied.
+    """
+    classes = logits.shape[-1] if logits.dim() else 1
+    if logits.is_contiguous():
+        return 1, logits.numel() // max(classes, 1), classes, 1
+    for at in range(logits.dim() - 1):
+        if logits.movedim(-1, at).is_contiguous():
+            inner = prod(logits.shape[at:-1])
+            return prod(logits.shape[:at]), inner, 1, inner
+    return None
+
+
+def like(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty tensor of the logits' shape, in the memory layout that :func:`run` gives its results."""
+    if layout(logits):
+        return torch.empty_like(logits, dtype=dtype)
+    return torch.empty(logits.shape, dtype=dtype, device=logits.device)
+
+
+def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor | None, gamma_pos: Tensor,
+        gamma_neg: Tensor, clip: Tensor, scale: Tensor, alpha: float | None, detach_focusing: bool,
+        ignore_index: int | None, reduction: str, need_loss: bool, need_grad: bool, need_sums: bool,
+        upstream: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As :func:`mmasl.ops.eager.run`; loss and gradient of single elements have the memory layout of the logits."""
+    classes, empty = logits.shape[-1] if logits.dim() else 1, logits.numel() == 0
+    has_labels = quality is not None or target.shape != logits.shape
+    z = logits if layout(logits) else logits.contiguous()
+    outer, inner, stride_row, stride_class = layout(z)
+    block_c = _class_block(max(classes, 1), stride_class)
+    block_r = min(TILE // block_c, triton.next_power_of_2(max(inner, 1)))
+    tiles_r, tiles_c = triton.cdiv(inner, block_r), triton.cdiv(classes, block_c)
+    tiles = outer * tiles_r * tiles_c
+
+    make = torch.zeros if empty else torch.empty
+    loss = grad = sums = None
+    if need_loss:
+        shape = (tiles_c, outer * inner) if reduction == 'rows' else tiles
+        loss = like(z, torch.float32) if reduction == 'none' else make(shape, dtype=torch.float32, device=z.device)
+    if need_grad:
+        grad = like(z, z.dtype)
+    if need_sums:
+        sums = make(outer * tiles_r, 4, classes, dtype=torch.float32, device=z.device)
+
+    if not empty:
+        def strides(x: Tensor | None) -> tuple[Tensor | None, int, int, int]:
+            """The tensor and its strides by image, row and class."""
+            if x is None:
+                return None, 0, 0, 0
+            x = x.expand(logits.shape).reshape(outer, inner, classes)
+            return x, *x.stride()
+
+        target = target.view(torch.uint8) if target.dtype == torch.bool else target
+        target, *target_strides = (target.reshape(-1), inner, 1, 0) if has_labels else strides(target)
+        weight, *weight_strides = strides(weight)
+        if upstream is not None:
+            upstream = upstream.unsqueeze(-1) if reduction == 'rows' else upstream
+        upstream, *upstream_strides = strides(upstream)
+        with torch.cuda.device_of(logits):
+            _kernel[(tiles, )](
+                z, target, None if quality is None else quality.reshape(-1), weight, gamma_pos, gamma_neg, clip, scale,
+                upstream, loss, grad, sums, classes, inner, tiles_r, tiles_c, stride_row, stride_class,
+                *target_strides, *weight_strides, *upstream_strides,
+                1. if alpha is None else alpha, 1. if alpha is None else 1 - alpha, ignore_index,
+                HAS_LABELS=has_labels,
+                MAY_BE_SOFT=quality is not None or not has_labels and target.is_floating_point(),
+                PER_CLASS_POS=gamma_pos.dim() == 1, PER_CLASS_NEG=gamma_neg.dim() == 1, PER_CLASS_CLIP=clip.dim() == 1,
+                DETACH=detach_focusing, LOSS=MODES[reduction] if need_loss else 0, BLOCK_R=block_r, BLOCK_C=block_c)
+    if need_loss and reduction != 'none':
+        loss = loss.sum(0).reshape(logits.shape[:-1] if reduction == 'rows' else ())
+    return loss, grad, sums.sum(0) if need_sums else None
+
+
+def scale_(grad: Tensor, factor: Tensor) -> Tensor:
+    """``grad`` times a tensor of shape (), in place; nothing is read or written where the factor is 1."""
+    if grad.numel():
+        with torch.cuda.device_of(grad):
+            _scale_kernel[(triton.cdiv(grad.numel(), TILE), )](grad, factor, grad.numel(), BLOCK=TILE)
+    return grad
+
+
+def _class_block(classes: int, stride_class: int) -> int:
+    """Classes of a tile, a power of two that leaves few of its places empty."""
+    sizes = (16, 32, 64, 128) if stride_class == 1 else (1, 2, 4, 8)
+    sizes = [size for size in sizes if size <= triton.next_power_of_2(classes)] or [triton.next_power_of_2(classes)]
+    return min(sizes, key=lambda size: (round(triton.cdiv(classes, size) * size / classes, 1), -size))
+
+
+@triton.jit
+def _kernel(z_ptr, target_ptr, quality_ptr, weight_ptr, gamma_pos_ptr, gamma_neg_ptr, clip_ptr, scale_ptr,
+            upstream_ptr, loss_ptr, grad_ptr, sums_ptr, classes, inner, tiles_r, tiles_c, stride_row, stride_class,
+            target_outer, target_row, target_class, weight_outer, weight_row, weight_class, upstream_outer,
+            upstream_row, upstream_class, alpha_pos, alpha_neg, ignore_index, HAS_LABELS: tl.constexpr,
+            MAY_BE_SOFT: tl.constexpr, PER_CLASS_POS: tl.constexpr, PER_CLASS_NEG: tl.constexpr,
+            PER_CLASS_CLIP: tl.constexpr, DETACH: tl.constexpr, LOSS: tl.constexpr, BLOCK_R: tl.constexpr,
+            BLOCK_C: tl.constexpr):
+    tile = tl.program_id(0)
+    tile_c = tile % tiles_c
+    tile_r = tile // tiles_c
+    image = (tile_r // tiles_r).to(tl.int64)
+    first_row = (tile_r % tiles_r).to(tl.int64) * BLOCK_R
+    first_class = tile_c.to(tl.int64) * BLOCK_C
+    # What differs between elements is int32, whatever the size of the whole.
+    r, c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
+    row_mask = r < tl.minimum(inner - first_row, BLOCK_R).to(tl.int32)
+    class_mask = c < tl.minimum(classes - first_class, BLOCK_C).to(tl.int32)
+    mask = row_mask[:, None] & class_mask[None, :]
+    rows = image * inner + first_row  # the first of the tile, over all images
+
+    start = image * inner * classes + first_row * stride_row + first_class * stride_class
+    offsets = r[:, None] * stride_row + c[None, :] * stride_class
+    z = tl.load(z_ptr + start + offsets, mask=mask, other=0.).to(tl.float32)
+
+    # The target as a soft label, what is used, and what is out of range.
+    used = mask
+    if HAS_LABELS:
+        label = tl.load(target_ptr + rows + r, mask=row_mask, other=0)
+        bad = (label < 0) | (label > classes)
+        if ignore_index is not None:
+            bad = bad & (label != ignore_index)
+            used = mask & (label != ignore_index)[:, None]
+        # The class within the tile, or one that is not in it.
+        column = tl.where((label >= first_class) & (label < first_class + BLOCK_C), label - first_class, -1).to(tl.int32)
+        y = (column[:, None] == c[None, :]).to(tl.float32)
+        if quality_ptr is not None:
+            quality = tl.load(quality_ptr + rows + r, mask=row_mask, other=0.).to(tl.float32)
+            bad = bad | ((quality >= 0) & (quality <= 1) == 0)
+            y = y * quality[:, None]
+        bad = bad[:, None]
+    else:
+        y = _load(target_ptr, image, first_row, first_class, r, c, target_outer, target_row, target_class, mask)
+        if ignore_index is not None:
+            used = mask & (y != ignore_index)
+        y = y.to(tl.float32)
+        bad = (y >= 0) & (y <= 1) == 0
+
+    gamma_pos = _parameter(gamma_pos_ptr, first_class, c, class_mask, PER_CLASS_POS)
+    gamma_neg = _parameter(gamma_neg_ptr, first_class, c, class_mask, PER_CLASS_NEG)
+    clip = _parameter(clip_ptr, first_class, c, class_mask, PER_CLASS_CLIP)
+    scale = tl.load(scale_ptr)
+    factor_neg = tl.where(bad, float('nan'), alpha_neg)
+
+    # A hard positive is a negative of -z without a margin, so that one evaluation does for each element.
+    hard = y == 1
+    loss, slope, p, q = _negative_part(tl.where(hard, -z, z), tl.where(hard, gamma_pos, gamma_neg),
+                                       tl.where(hard, 0., clip), DETACH)
+    p, q = tl.where(hard, q, p), tl.where(hard, p, q)
+    loss *= tl.where(hard, alpha_pos, factor_neg)
+    slope *= tl.where(hard, -alpha_pos * scale, factor_neg * scale)
+    if MAY_BE_SOFT:
+        soft = (y > 0) & (y < 1)
+        if tl.max(tl.max(soft.to(tl.int32), 1), 0) > 0:
+            pos_loss, pos_slope, _, _ = _negative_part(-z, gamma_pos + tl.zeros_like(z), tl.zeros_like(z), DETACH)
+            loss = tl.where(soft, (1 - y) * loss + y * (alpha_pos * pos_loss), loss)
+            slope = tl.where(soft, (1 - y) * slope - y * (alpha_pos * scale * pos_slope), slope)
+    counted = used
+    if weight_ptr is not None:
+        weight = _load(weight_ptr, image, first_row, first_class, r, c, weight_outer, weight_row, weight_class,
+                       mask).to(tl.float32)
+        counted = used & (weight != 0.)
+        loss *= weight
+        slope *= weight
+
+    if LOSS:
+        loss = tl.where(used, loss, 0.)
+        if LOSS == 1:
+            tl.store(loss_ptr + start + offsets, loss * scale, mask=mask)
+        if LOSS == 2:
+            images = tl.num_programs(0) // (tiles_r * tiles_c)
+            row_sums = loss_ptr + tile_c.to(tl.int64) * inner * images + rows + r
+            tl.store(row_sums, tl.sum(loss, 1) * scale, mask=row_mask)
+        if LOSS == 3:
+            tl.store(loss_ptr + tile, tl.sum(tl.sum(loss, 1), 0) * scale)
+    if grad_ptr is not None:
+        if upstream_ptr is not None:
+            slope *= _load(upstream_ptr, image, first_row, first_class, r, c, upstream_outer, upstream_row,
+                           upstream_class, mask).to(tl.float32)
+        if ignore_index is not None:
+            slope = tl.where(used, slope, 0.)
+        if grad_ptr.dtype.element_ty == tl.float16:
+            # See mmasl.ops.eager.saturate.
+            slope = tl.where(tl.abs(slope) <= 131008., tl.minimum(tl.maximum(slope, -65504.), 65504.), slope)
+        tl.store(grad_ptr + start + offsets, slope.to(grad_ptr.dtype.element_ty), mask=mask)
+    if sums_ptr is not None:
+        y = tl.where(counted, y, 0.)
+        rest = tl.where(counted, 1 - y, 0.)
+        sums = sums_ptr + tile_r.to(tl.int64) * 4 * classes + first_class + c
+        tl.store(sums, tl.sum(y * p, 0), mask=class_mask)
+        tl.store(sums + classes, tl.sum(y, 0), mask=class_mask)
+        tl.store(sums + 2 * classes, tl.sum(rest * q, 0), mask=class_mask)
+        tl.store(sums + 3 * classes, tl.sum(rest, 0), mask=class_mask)
+
+
+@triton.jit
+def _load(ptr, image, first_row, first_class, r, c, stride_outer, stride_row, stride_class, mask):
+    start = image * stride_outer + first_row * stride_row + first_class * stride_class
+    return tl.load(ptr + start + r[:, None] * stride_row + c[None, :] * stride_class, mask=mask, other=0)
+
+
+@triton.jit
+def _parameter(ptr, first_class, c, class_mask, PER_CLASS: tl.constexpr):
+    if PER_CLASS:
+        return tl.load(ptr + first_class + c, mask=class_mask, other=0.)[None, :]
+    else:
+        return tl.load(ptr)
+
+
+@triton.jit
+def _negative_part(z, gamma, clip, DETACH: tl.constexpr):
+    """-L-, its derivative by z, p and q = 1 - p, for z of any size. Every operation counts: see docs/speed.md."""
+    e = _exp2(tl.abs(z) * -1.4426950408889634)
+    r = _reciprocal(1 + e)
+    p = tl.where(z >= 0, r, e * r)
+    q = tl.where(z >= 0, e * r, r)
+    p_m = tl.maximum(p - clip, 0.)
+    rest = q + clip  # 1 - p_m
+    # log_term = -log(1 - p_m), relative to p_m: near 0 the logarithm loses digits, and there six terms of its series,
+    # sum of p_m^k / (k + 1), are exact to float32. It is never above z, from where q underflows, it is z.
+    series = 1 + p_m * (1 / 2 + p_m * (1 / 3 + p_m * (1 / 4 + p_m * (1 / 5 + p_m * (1 / 6)))))
+    log_term = tl.where(p_m < 0.0625, p_m * series, _log2(rest) * -0.6931471805599453)
+    log_term = tl.minimum(log_term, tl.maximum(z, 17.))
+    # With p_m^(gamma - 1) nothing is divided by p_m; kept above 0, its powers are finite.
+    p_m = tl.maximum(p_m, 1.2e-38)
+    log_p_m = _log2(p_m)
+    power = _exp2(gamma * log_p_m - log_p_m)
+    slope = p_m * tl.where(clip == 0, 1., q * _reciprocal(rest))
+    if not DETACH:
+        slope += gamma * (q * log_term)
+    # At p = m the side p > m counts: gamma = 0 without a margin is cross-entropy everywhere.
+    return p_m * log_term * power, tl.where(p < clip, 0., slope * p * power), p, q
+
+
+# The hardware's approximations, 2 ulp and without subnormal numbers: 2e-5 relative in all, see tests/test_fused.py.
+# Triton's own functions, which its interpreter knows, take several times as many operations.
+@triton.jit
+def _exp2(x):
+    if FAST:
+        return tl.inline_asm_elementwise('ex2.approx.ftz.f32 $0, $1;', '=f,f', [x], tl.float32, True, 1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def _log2(x):
+    if FAST:
+        return tl.inline_asm_elementwise('lg2.approx.ftz.f32 $0, $1;', '=f,f', [x], tl.float32, True, 1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def _reciprocal(x):
+    if FAST:
+        return tl.inline_asm_elementwise('rcp.approx.ftz.f32 $0, $1;', '=f,f', [x], tl.float32, True, 1)
+    else:
+        return 1 / x
+
+
+@triton.jit
+def _scale_kernel(grad_ptr, factor_ptr, size, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        grad = tl.load(grad_ptr + offsets, mask=offsets < size).to(tl.float32)
+        tl.store(grad_ptr + offsets, (grad * factor).to(grad_ptr.dtype.element_ty), mask=offsets < size)

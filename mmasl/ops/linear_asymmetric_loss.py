@@ -1,17 +1,18 @@
 """A linear classifier and its asymmetric loss in one, a chunk of classes at a time: for more classes than fit.
 
-The loss is a sum over classes, and so is the gradient of the features; that of a row of the weight belongs to one class.
-Each chunk therefore computes its logits, their gradient and what follows from it, and is forgotten: no tensor of N rows
-and C columns exists. All gradients are made in the forward pass; backward scales them.
+The loss is a sum over classes, and so is the gradient of the features; a row of the weight belongs to one class. Each
+chunk therefore computes its logits, their gradient and what follows from it, and is forgotten: no tensor of N rows and C
+columns exists. All gradients are made in the forward pass; backward scales them.
 """
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .asymmetric_loss import Parameter, _scaled, asymmetric_loss
+from .asymmetric_loss import Parameter, _parameter, _pick, _scaled
 
 IGNORED, UNKNOWN = -1, -2  # labels of a chunk
 
@@ -29,8 +30,9 @@ def linear_asymmetric_loss(features: Tensor,
                            ignore_index: int | None = None,
                            element_weight: Tensor | None = None,
                            scale: float | Tensor = 1.,
-                           chunk_size: int = 1024,
-                           return_sums: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+                           chunk_size: int = 4096,
+                           return_sums: bool = False,
+                           implementation: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """``scale * asymmetric_loss(F.linear(features, weight, bias), target, ...).sum()`` without the (N, C) logits.
 
     Value and gradients differ by rounding only. Beside the gradients of the parameters, of which the weight's has the
@@ -63,6 +65,7 @@ def linear_asymmetric_loss(features: Tensor,
             where a factor of the result costs a pass over the gradient of the weight.
         chunk_size: Classes at a time, >= 1.
         return_sums: Also return the four sums of the probability gap for each class.
+        implementation: Of the loss, 'triton', 'eager' or None for the faster one that can run.
 
     Returns:
         Loss of shape (), in float64 for float64 and in float32 otherwise. With ``return_sums`` also the sums, (4, C).
@@ -72,29 +75,30 @@ def linear_asymmetric_loss(features: Tensor,
             latter gives NaN on an accelerator.
         TypeError: Labels that are not integers.
     """
-    shape = _check_shapes(features, weight, bias, target, element_weight, dict(
-        gamma_pos=gamma_pos, gamma_neg=gamma_neg, clip=clip))
+    parameters = dict(gamma_pos=gamma_pos, gamma_neg=gamma_neg, clip=clip, scale=scale)
+    shape = _check_shapes(features, weight, bias, target, element_weight, parameters)
     if chunk_size < 1:
         raise ValueError(f'chunk_size={chunk_size} must be 1 class or more')
-    if any(isinstance(x, Tensor) and x.requires_grad for x in (gamma_pos, gamma_neg, clip, element_weight, scale)):
+    if any(isinstance(x, Tensor) and x.requires_grad for x in (*parameters.values(), element_weight)):
         raise ValueError('gamma_pos, gamma_neg, clip, element_weight and scale get no gradient: detach them')
     target_of, ignore_index = _read_target(target, shape, ignore_index)
     if element_weight is not None:
         element_weight = element_weight.expand(shape)
 
-    def loss_of(logits: Tensor, classes: slice) -> Tensor | tuple[Tensor, Tensor]:
-        weights = None if element_weight is None else element_weight[:, classes]
+    def loss_of(logits: Tensor, classes: slice, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, gradient by the logits and probability sums of some classes."""
         try:
-            return asymmetric_loss(
-                logits, target_of(classes), _cut(gamma_pos, classes), _cut(gamma_neg, classes), _cut(clip, classes),
-                alpha, detach_focusing, ignore_index, weights, return_sums, reduction='sum', scale=scale)
+            return torch.ops.mmasl.asymmetric_loss(
+                logits, target_of(classes), None, None if element_weight is None else element_weight[:, classes],
+                *(_parameter(_cut(value, classes), logits, name) for name, value in parameters.items()), alpha,
+                detach_focusing, ignore_index, 'sum', _pick(implementation, logits), need_grad, return_sums)
         except ValueError as error:
             raise ValueError(f'{error} (column 0 here is class {classes.start})') from None
 
     if not torch.is_grad_enabled():
         features, weight = features.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-    loss, sums = _LinearLoss.apply(features, weight, bias, loss_of, chunk_size, return_sums)
+    loss, sums = _LinearLoss.apply(features, weight, bias, loss_of, chunk_size)
     return (loss, sums) if return_sums else loss
 
 
@@ -102,53 +106,26 @@ class _LinearLoss(torch.autograd.Function):
     """A loss that is a sum over classes, of the logits of a linear classifier."""
 
     @staticmethod
-    def forward(ctx, features, weight, bias, loss_of, chunk_size, return_sums):
-        # What F.linear would compute in: autocast's dtype where it is on.
-        dtype = F.linear(features[:0], weight[:0], None if bias is None else bias[:0]).dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        num_classes = len(weight)
-        loss = features.new_zeros((), dtype=wide)
-        sums = features.new_zeros(4, num_classes, dtype=wide) if return_sums else None
+    def forward(ctx, features, weight, bias, loss_of, chunk_size):
         of_features, of_weight, of_bias = ctx.needs_input_grad[:3]
-        grad_features = torch.zeros_like(features, dtype=wide) if of_features else None
+        # That of F.linear: autocast's where it is on.
+        dtype = F.linear(features[:0], weight[:0], None if bias is None else bias[:0]).dtype
+        x = features.to(dtype)
+        grad_features = torch.zeros_like(x, dtype=torch.promote_types(dtype, torch.float32)) if of_features else None
         grad_weight = torch.empty_like(weight) if of_weight else None
         grad_bias = torch.empty_like(bias) if of_bias else None
-
-        x = features.to(dtype)
-        for start in range(0, num_classes, chunk_size):
-            classes = slice(start, min(start + chunk_size, num_classes))
-            w = weight[classes].to(dtype)
-            logits = F.linear(x, w, None if bias is None else bias[classes].to(dtype)).to(wide)
-            with torch.set_grad_enabled(of_features or of_weight or of_bias):
-                chunk_loss = loss_of(logits.requires_grad_(torch.is_grad_enabled()), classes)
-            if return_sums:
-                chunk_loss, sums[:, classes] = chunk_loss
-            loss += chunk_loss.detach()
-            if not logits.requires_grad:
-                continue
-            grad, = torch.autograd.grad(chunk_loss, logits)
-            if of_bias:
-                grad_bias[classes] = grad.sum(0)
-            if dtype == wide:
-                if of_features:
-                    grad_features.addmm_(grad, w)
-                if of_weight:
-                    torch.mm(grad.T, x, out=grad_weight[classes])
-                continue
-            # The loss scale comes in backward: until then float16 holds the gradient relative to its largest element,
-            # a (1, 1) tensor, since a scalar one would leave the products in float16.
-            unit = 1.
-            if dtype == torch.float16 and len(x):
-                unit = grad.abs().amax((0, 1), keepdim=True).clamp(min=torch.finfo(wide).tiny)
-            grad = (grad / unit).to(dtype)
-            if of_features:
-                grad_features += unit * (grad @ w)
-            if of_weight:
-                grad_weight[classes] = unit * (grad.T @ x)
+        losses, sums = [], []
+        for start in range(0, len(weight), chunk_size):
+            classes = slice(start, min(start + chunk_size, len(weight)))
+            chunk_loss, chunk_sums = _chunk(
+                x, weight[classes], None if bias is None else bias[classes], partial(loss_of, classes=classes),
+                grad_features, grad_weight[classes] if of_weight else None, grad_bias[classes] if of_bias else None)
+            losses.append(chunk_loss)
+            sums.append(chunk_sums)
+        loss, sums = torch.stack(losses).sum(), torch.cat(sums, -1)
         ctx.features_dtype = features.dtype
         ctx.save_for_backward(grad_features, grad_weight, grad_bias)
-        if return_sums:
-            ctx.mark_non_differentiable(sums)
+        ctx.mark_non_differentiable(sums)
         return loss, sums
 
     @staticmethod
@@ -156,23 +133,55 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx, upstream, _):
         of_features, *of_parameters = (None if grad is None else _scaled(grad, upstream) for grad in ctx.saved_tensors)
         of_features = None if of_features is None else of_features.to(ctx.features_dtype)
-        return of_features, *of_parameters, None, None, None
+        return of_features, *of_parameters, None, None
+
+
+def _chunk(x: Tensor, weight: Tensor, bias: Tensor | None, loss_of: Callable, grad_features: Tensor | None,
+           grad_weight: Tensor | None, grad_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Loss and sums of a chunk; adds to the gradient of the features, and fills the chunk's of weight and bias."""
+    need_grad = not (grad_features is None and grad_weight is None and grad_bias is None)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = weight.to(x.dtype)
+    logits = F.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(wide)
+    loss, grad, sums = loss_of(logits, need_grad=need_grad)
+    if grad_bias is not None:
+        grad_bias.copy_(grad.sum(0))
+    if x.dtype == wide:
+        if grad_features is not None:
+            grad_features.addmm_(grad, weight)
+        if grad_weight is not None:
+            torch.mm(grad.T, x, out=grad_weight)
+        return loss, sums
+    # The loss scale comes in backward: until then float16 holds the gradient relative to its largest element, which is
+    # kept as a (1, 1) tensor, since a product with a scalar one would stay float16.
+    unit = 1.
+    if need_grad and x.dtype == torch.float16 and len(x):
+        unit = grad.abs().amax((0, 1), keepdim=True).clamp(min=torch.finfo(wide).tiny)
+        grad = grad / unit
+    grad = grad.to(x.dtype)
+    if grad_features is not None:
+        grad_features += unit * (grad @ weight)
+    if grad_weight is not None:
+        grad_weight.copy_(unit * (grad.T @ x))
+    return loss, sums
 
 
 def _check_shapes(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, element_weight: Tensor | None,
                   parameters: dict[str, Parameter]) -> tuple[int, int]:
     """(N, C); slices of what has another size would fit without an error."""
-    if features.dim() != 2 or weight.dim() != 2 or features.shape[1] != weight.shape[1]:
+    if features.dim() != 2 or weight.dim() != 2 or features.shape[1] != weight.shape[1] or not len(weight):
         raise ValueError(f'features of shape {tuple(features.shape)} and weight of shape {tuple(weight.shape)} must be '
-                         '(N, D) and (C, D)')
+                         '(N, D) and (C, D), C >= 1')
     shape = num_rows, num_classes = len(features), len(weight)
     if not isinstance(target, Tensor) or target.shape not in ((num_rows, num_classes), (num_rows, )):
         given = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
         raise ValueError(f'target {given} does not fit {num_rows} rows and {num_classes} classes: give a dense or '
                          f'sparse tensor {shape}, or one integer label a row')
     for name, value in dict(bias=bias, **parameters).items():
-        if isinstance(value, Tensor) and value.dim() and value.shape != (num_classes, ):
-            raise ValueError(f'{name} of shape {tuple(value.shape)} does not fit {num_classes} classes')
+        allowed = [()] if name == 'scale' else [(num_classes, )] if name == 'bias' else [(), (num_classes, )]
+        if isinstance(value, Tensor) and value.shape not in allowed:
+            raise ValueError(f'{name} of shape {tuple(value.shape)} does not fit {num_classes} classes: give '
+                             f'{" or ".join(map(str, allowed))}')
     if element_weight is not None and (element_weight.dim() > 2 or any(
             size not in (1, wanted) for size, wanted in zip(element_weight.shape[::-1], shape[::-1]))):
         raise ValueError(f'element_weight of shape {tuple(element_weight.shape)} does not broadcast to {shape}')
@@ -223,7 +232,7 @@ def _read_target(target: Tensor, shape: tuple[int, int],
 
 
 def _in_range(index: Tensor, high: int, name: str, allowed: str = '') -> Tensor:
-    """``index`` where it lies in 0 to ``high``, else an error, or UNKNOWN where looking at it would make the host wait."""
+    """``index`` where it lies in 0 to ``high``, else an error, or UNKNOWN where looking at it would cost a wait."""
     known = (index >= 0) & (index <= high)
     if index.device.type == 'cpu' and not known.all():
         place = (~known).nonzero()[0].item()
