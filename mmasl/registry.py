@@ -9,10 +9,13 @@ from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import PARAM_SCHEDULERS as MMENGINE_PARAM_SCHEDULERS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 # A detector's loss must not need MMPretrain.
-HEADS = ['mmasl.heads.multi_label'] if find_spec('mmpretrain') else []
+HEADS = [f'mmasl.heads.{name}' for name in ('multi_label', 'ml_decoder', 'query2label', 'label_graph')
+         ] if find_spec('mmpretrain') else []
 
 MODELS = Registry(
     'model', parent=MMENGINE_MODELS, scope='mmasl', locations=['mmasl.losses', 'mmasl.softmax_loss', *HEADS])
@@ -20,4 +23,9 @@ DATASETS = Registry(
     'dataset', parent=MMENGINE_DATASETS, scope='mmasl',
     locations=[f'mmasl.datasets.{name}' for name in ('coco', 'voc', 'nus_wide', 'open_images', 'herbarium')])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='mmasl', locations=['mmasl.metrics'])
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmasl', locations=['mmasl.hooks'])
+HOOKS = Registry(
+    'hook', parent=MMENGINE_HOOKS, scope='mmasl',
+    locations=['mmasl.hooks', 'mmasl.schedules', 'mmasl.checkpoints'])
+TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmasl', locations=['mmasl.transforms'])
+PARAM_SCHEDULERS = Registry(
+    'parameter scheduler', parent=MMENGINE_PARAM_SCHEDULERS, scope='mmasl', locations=['mmasl.schedules'])

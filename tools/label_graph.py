@@ -23,8 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--out', type=Path, metavar='FILE.npz',
                         help="file to write: classes and cooccurrence (default: the config's model.head.graph)")
     parser.add_argument('--glove', metavar='FILE.txt',
-                        help='word vectors, a word and its numbers a line, as GloVe has them: the mean vector of the words '
-                        'of each class name is written too, as embeddings')
+                        help='word vectors, a word and its numbers a line, as GloVe has them: the mean vector of the '
+                        'words of each class name is written too, as embeddings')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', default={},
                         help='override settings of the config, as in train_dataloader.dataset.data_root=PATH')
     parser.set_defaults(work_dir=None, amp=False, launcher='none', local_rank=0)
@@ -100,15 +100,16 @@ def main(argv: list[str] | None = None) -> None:
         stats = count_labels(dataset, partial(tqdm, desc='labels', unit='img', unit_scale=True))
     except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
         raise SystemExit(f'The training data cannot be read: {type(error).__name__}: {error}') from error
-    if stats.kind != 'multi-label':
-        raise SystemExit(f'{args.config} trains on {stats.kind} data, where no two labels are of one image in this sense: '
-                         'give a config of a multi-label classifier')
-    arrays = dict(classes=np.array(stats.classes), cooccurrence=count_pairs(dataset, stats))
+    pairs = count_pairs(dataset, stats)
+    if pairs.sum() == pairs.trace():
+        raise SystemExit(f'None of the {stats.images:,} training images of {args.config} has two labels: give a config '
+                         'of a multi-label classifier')
+    arrays = dict(classes=np.array(stats.classes), cooccurrence=pairs)
     if args.glove:
         arrays['embeddings'] = embed_classes(args.glove, stats.classes)
     out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out, **arrays)
-    print(f'{describe(arrays["cooccurrence"], stats)}\n{out}: {", ".join(arrays)}')
+    print(f'{describe(pairs, stats)}\n{out}: {", ".join(arrays)}')
 
 
 if __name__ == '__main__':

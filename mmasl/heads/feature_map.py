@@ -79,7 +79,7 @@ class FeatureMapHead(CalibratedPredictions, MultiLabelClsHead):
 
 
 class GroupLinear(nn.Module):
-    """Logits of all classes from fewer queries, Eq. 3 and 4 of arXiv 2111.12933: class i reads query i div g.
+    """The group fully-connected layer of arXiv 2111.12933: class i is place i mod g of query i div g.
 
     Args:
         num_groups: Number of queries K; each has g = ceil(C / K) classes.

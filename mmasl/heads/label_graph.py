@@ -12,7 +12,7 @@ from mmasl.registry import MODELS
 
 @MODELS.register_module()
 class LabelGraphHead(FeatureMapHead):
-    """ML-GCN: logits = pool(x) . W with W = A_hat LeakyReLU(A_hat E W_1) W_2, A_hat from :func:`adjacency` (Eq. 2-5).
+    """ML-GCN: logits = pool(x) . W with W = A_hat LeakyReLU(A_hat E W_1) W_2 and A_hat of :func:`adjacency`.
 
     ``pool`` is global max pooling, E (C, d) the label embeddings and W (C, in_channels) one classifier a class. A_hat
     and E are part of the checkpoint. Weights of the published code (``gc1``, ``gc2``, and ``A``, which it turns
@@ -32,7 +32,8 @@ class LabelGraphHead(FeatureMapHead):
         ValueError: Either is damaged or not of C classes, or an argument is out of its range.
     """
     official_names = {
-        r'gc([12])\.weight$': (r'gc\1.weight', lambda weight: weight.T),
+        r'gc1\.weight$': ('layers.0.weight', lambda weight: weight.T),
+        r'gc2\.weight$': ('layers.1.weight', lambda weight: weight.T),
         r'A$': ('adjacency', lambda weights: normalize(weights).T)}
 
     def __init__(self,
@@ -50,13 +51,13 @@ class LabelGraphHead(FeatureMapHead):
         self.register_buffer('label_embeddings', vectors)
         cooccurrence = load_cooccurrence(graph, num_classes)
         self.register_buffer('adjacency', adjacency(cooccurrence, threshold, neighbor_weight))
-        self.gc1 = nn.Linear(vectors.shape[1], hidden_channels, bias=False)
-        self.gc2 = nn.Linear(hidden_channels, in_channels, bias=False)
+        self.layers = nn.ModuleList([nn.Linear(vectors.shape[1], hidden_channels, bias=False),
+                                     nn.Linear(hidden_channels, in_channels, bias=False)])
 
     def classifiers(self) -> Tensor:
         """One classifier a class, (C, in_channels)."""
-        hidden = F.leaky_relu(self.adjacency @ self.gc1(self.label_embeddings), 0.2)
-        return self.adjacency @ self.gc2(hidden)
+        hidden = F.leaky_relu(self.adjacency @ self.layers[0](self.label_embeddings), 0.2)
+        return self.adjacency @ self.layers[1](hidden)
 
     def pre_logits(self, feats: Sequence[Tensor]) -> Tensor:
         """The map's largest values, (B, in_channels)."""
@@ -87,14 +88,15 @@ def load_cooccurrence(path: str, num_classes: int) -> Tensor:
 
 
 def adjacency(cooccurrence: Tensor, threshold: float, neighbor_weight: float) -> Tensor:
-    """The graph as its layers use it, A_hat = D^-1/2 A' D^-1/2, float32 (C, C), by Eq. 6 to 8 of arXiv 1904.03582.
+    """The graph as its layers use it, A_hat = D^-1/2 A' D^-1/2, float32 (C, C), by Eq. 7 and 8 of arXiv 1904.03582.
 
-    P_ij = M_ij / N_i is the probability of label j where i is (Eq. 6), A_ij = [P_ij >= threshold] (Eq. 7),
-    A'_ij = A_ij p / sum_k!=i A_ik beside the diagonal and 1 - p on it (Eq. 8; its print lacks the factor A_ij, which the
-    authors correct in the README of their code), D the sums of the rows of A'.
+    P_ij = M_ij / N_i is the probability of label j where i is, A_ij = [P_ij >= threshold] (Eq. 7),
+    A'_ij = A_ij p / sum_k!=i A_ik beside the diagonal and 1 - p on it (Eq. 8; its print lacks the factor A_ij), D the
+    sums of the rows of A'.
 
-    The published code has 0.25 and 1 in place of p = 0.2 and 1 - p, which is the same A_hat. It differs in that it divides
-    by the sums of columns, and transposes: there a label learns from those that imply it, here from those it implies.
+    The published code has 0.25 and 1 in place of p = 0.2 and 1 - p, which gives the same A_hat. It differs in that it
+    divides by the sums of columns and transposes: there a label learns from those that imply it, here from those it
+    implies.
 
     Args:
         cooccurrence: See :func:`load_cooccurrence`. A label without images has no neighbors.

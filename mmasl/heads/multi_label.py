@@ -97,7 +97,7 @@ class MultiLabelLinearClsHead(CalibratedPredictions, heads.MultiLabelLinearClsHe
         value = linear_asymmetric_loss(
             features, self.fc.weight, self.fc.bias, self._target(data_samples, features.device),
             ignore_index=loss.ignore_index, scale=loss.loss_weight / divisor, chunk_size=self.chunk_size,
-            return_sums=track, **calibration_settings(loss))
+            return_sums=track, implementation=loss.implementation, **calibration_settings(loss))
         if track:
             value, sums = value
             loss.probability_sums = sums if loss.probability_sums is None else loss.probability_sums + sums

@@ -14,8 +14,9 @@ from mmasl.registry import MODELS
 class Query2LabelHead(FeatureMapHead):
     """Query2Label: transformer encoder and decoder layers, with one linear layer a class at the end.
 
-    Positions are added to keys and queries and not to values; so are the label embeddings to the decoder's queries, which
-    start at 0. Defaults are those of the published models on COCO; their weights (``transformer...``) load by name.
+    Positions are added to keys and queries and not to values; so are the label embeddings to the decoder's queries,
+    which start at 0. Defaults are those of the published models on COCO; their weights (``transformer...``) load by
+    name.
 
     Args:
         num_classes, in_channels, loss, thr, topk, init_cfg: See :class:`FeatureMapHead`.
@@ -24,8 +25,8 @@ class Query2LabelHead(FeatureMapHead):
         num_heads: Heads of the attention.
         feedforward_channels: Hidden channels of the feed-forward networks.
         num_encoder_layers, num_decoder_layers: Numbers of layers, >= 0 and >= 1.
-        self_attention: Let the labels look at each other in the decoder, as Eq. 1 of the paper has it. The published
-            models go without.
+        self_attention: Let the labels look at each other in the decoder's layers, as the paper has it; not in the
+            first, whose queries are 0 still, so that there is nothing to see. The published models go without.
         dropout: Probability of dropping, in [0, 1).
 
     Raises:
@@ -66,20 +67,22 @@ class Query2LabelHead(FeatureMapHead):
                              f'num_encoder_layers={num_encoder_layers} at least 0: change model.head')
         sizes = dict(embed_dims=embed_dims, num_heads=num_heads, feedforward_channels=feedforward_channels,
                      dropout=dropout)
-        first = ('self_attn', 'norm') if self_attention else ()
         self.encoder = ModuleList(
             attention_layer('self_attn', 'norm', 'ffn', 'norm', **sizes) for _ in range(num_encoder_layers))
+        looks = ('self_attn', 'norm')
         self.decoder = ModuleList(
-            attention_layer(*first, 'cross_attn', 'norm', 'ffn', 'norm', **sizes) for _ in range(num_decoder_layers))
+            attention_layer(*looks * (self_attention and n > 0), 'cross_attn', 'norm', 'ffn', 'norm', **sizes)
+            for n in range(num_decoder_layers))
         self.norm = nn.LayerNorm(embed_dims)
         self.queries = nn.Parameter(torch.randn(num_classes, embed_dims))
         self.fc = GroupLinear(num_classes, embed_dims, num_classes)
 
-        # Without self-attention the cross-attention is a layer's first, and norm1 is absent.
-        layer, offset = r'transformer\.decoder\.layers\.(\d+)\.', 1 if self_attention else 2
-        self.official_names = self.official_names | {
-            layer + r'multihead_attn\.': rf'decoder.\1.attentions.{2 - offset}.attn.',
-            **{layer + rf'norm{n}\.': rf'decoder.\1.norms.{n - offset}.' for n in range(offset, 4)}}
+        # Where a layer of the published code has no self-attention, it has no norm1 either.
+        for n, layer in enumerate(self.decoder):
+            official, own, missing = rf'transformer\.decoder\.layers\.{n}\.', f'decoder.{n}.', 2 - layer.num_attn
+            self.official_names = self.official_names | {
+                official + r'multihead_attn\.': f'{own}attentions.{1 - missing}.attn.',
+                **{official + rf'norm{m}\.': f'{own}norms.{m - 1 - missing}.' for m in range(1 + missing, 4)}}
 
     def pre_logits(self, feats: Sequence[Tensor]) -> Tensor:
         """Decoded label embeddings (B, C, embed_dims)."""

@@ -111,9 +111,9 @@ def asymmetric_loss(logits: Tensor,
 
 def _pick(implementation: str | None, logits: Tensor) -> str:
     """The implementation to run: Triton's where it can, unless another is asked for."""
-    obstacle = ('it takes Triton, which is not installed' if fused is None else fused.obstacle(logits))
+    obstacle = 'it takes Triton, which is not installed' if fused is None else fused.obstacle(logits)
     if implementation is None:
-        return 'eager' if obstacle else 'triton'
+        return 'triton' if logits.is_cuda and not obstacle else 'eager'
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f'implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None')
     if implementation == 'triton' and obstacle:
@@ -200,7 +200,7 @@ def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
     if traced or _graph_is_kept():
         return grad * upstream.to(grad.dtype)
     grad = grad.detach()
-    if fused is not None and grad.is_cuda and not upstream.dim():
+    if fused is not None and grad.is_cuda and grad.dtype != torch.float64 and not upstream.dim():
         return fused.scale_(grad, upstream)
     if grad.device.type == 'cpu' and not upstream.dim() and upstream == 1:
         return grad

@@ -32,12 +32,12 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
         factor = factor if factor.dim() else factor.item()
 
     losses = []
-    grad = torch.empty_like(z) if need_grad else None
+    grad = z.new_empty(z.shape) if need_grad else None
     sums = torch.zeros(4, classes, dtype=dtype, device=z.device) if need_sums else None
     step = max(BLOCK // max(classes, 1), 1) if on_cpu else max(rows, 1)
     for start in range(0, rows, step):
         block = slice(start, start + step)
-        z_b = z[block].to(dtype)
+        z_b = z[block].to(dtype).contiguous()
         out = grad[block] if need_grad and grad.dtype == dtype else None
         neg_loss, neg_grad, p = negative_part(z_b, gamma_neg, clip, detach_focusing, need_grad, out)
         labels = _Dense(target[block], ignore_index, start, dtype) if dense else _Labels(

@@ -1,8 +1,8 @@
 """A linear classifier and its asymmetric loss in one, a chunk of classes at a time: for more classes than fit.
 
 The loss is a sum over classes, and so is the gradient of the features; a row of the weight belongs to one class. Each
-chunk therefore computes its logits, their gradient and what follows from it, and is forgotten: no tensor of N rows and C
-columns exists. All gradients are made in the forward pass; backward scales them.
+chunk therefore computes its logits, their gradient and what follows from it, and is forgotten: no tensor of N rows and
+C columns exists. All gradients are made in the forward pass; backward scales them.
 """
 from collections.abc import Callable
 from functools import partial
@@ -154,15 +154,17 @@ def _chunk(x: Tensor, weight: Tensor, bias: Tensor | None, loss_of: Callable, gr
         return loss, sums
     # The loss scale comes in backward: until then float16 holds the gradient relative to its largest element, which is
     # kept as a (1, 1) tensor, since a product with a scalar one would stay float16.
-    unit = 1.
+    unit = None
     if need_grad and x.dtype == torch.float16 and len(x):
         unit = grad.abs().amax((0, 1), keepdim=True).clamp(min=torch.finfo(wide).tiny)
         grad = grad / unit
     grad = grad.to(x.dtype)
     if grad_features is not None:
-        grad_features += unit * (grad @ weight)
+        product = grad @ weight
+        grad_features += product if unit is None else product * unit
     if grad_weight is not None:
-        grad_weight.copy_(unit * (grad.T @ x))
+        product = grad.T @ x
+        grad_weight.copy_(product if unit is None else product * unit)
     return loss, sums
 
 
