@@ -23,6 +23,11 @@ SOURCES = {  # pattern in the path of a missing file: where to get it
             '  annotations_trainval2014.zip (http://images.cocodataset.org/annotations/) in data/coco/.',
     'VOC2007': 'VOC 2007: unpack VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar\n'
                '  (http://host.robots.ox.ac.uk/pascal/VOC/voc2007/) in data/; they create data/VOCdevkit/VOC2007/.',
+    'nus_wide': 'NUS-WIDE: images and the list of labels and splits that the official repository links to\n'
+                '  (https://github.com/Alibaba-MIIL/ASL), in data/nus_wide/.',
+    'open_images': 'Open Images: image labels and class lists of\n'
+                   '  https://storage.googleapis.com/openimages/web/download.html, in data/open_images/.',
+    'nybg2020': 'Herbarium 2020: https://www.kaggle.com/c/herbarium-2020-fgvc7/data, in data/nybg2020/.',
     'digits(?!_hard)': 'Digits: python tools/make_digits.py data/digits',
     'digits_hard': 'Harder digits: python tools/make_digits.py data/digits_hard --train 6000 --long-tail 0.7\n'
                    '  --missing 0.3',

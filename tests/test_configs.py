@@ -1,29 +1,69 @@
-"""Every config loads and builds, and differs from its sisters and its stock base only where its name says."""
+"""Every config loads, builds and steps on data of its real layout, and differs from its sisters and its stock base only
+where its name says."""
+import copy
 import csv
+import inspect
+import json
+import re
 from collections import defaultdict
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import torch
+import torchvision
 from mmengine.config import Config, ConfigDict
+from mmengine.config import config as mmengine_config
 from mmengine.dataset import Compose
-from mmengine.registry import METRICS, MODELS, DefaultScope
+from mmengine.evaluator import Evaluator
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, METRICS, MODELS, DefaultScope
+from mmengine.runner import Runner
+from mmpretrain.datasets.transforms.auto_augment import RANDAUG_POLICIES
+from PIL import Image
+from torch import nn
 
 from mmasl import AsymmetricLoss
+from mmasl.cli import set_dataloader_defaults
+from mmasl.schedules import OneCycleMomentum
 
 ROOT = Path(__file__).parents[1]
-PATHS = {path.stem: path for path in sorted((ROOT / 'configs').glob('*.py'))}
-LOSSES = ('bce', 'focal', 'asl')
+HEADS = ('ml_decoder', 'query2label', 'label_graph')  # tests/test_feature_map.py has their configs
+PATHS = {path.stem: path for path in sorted((ROOT / 'configs').glob('*.py'))
+         if not any(head in path.stem for head in HEADS)}
+LOSSES = ('bce', 'focal', 'focal-alpha', 'focusing', 'margin', 'asl')
 GAP_HOOKS = ('mmasl.ProbabilityGapHook', 'mmasl.AdaptiveAsymmetryHook')
 STOCK = dict(fcos_focal_coco='mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
              atss_focal_coco='mmdet::atss/atss_r50_fpn_1x_coco.py')
-# gamma_pos, gamma_neg, clip, alpha: App. B and H of the paper
-SETTINGS = dict(classifier=dict(bce=(0, 0, 0, None), focal=(2, 2, 0, None), asl=(0, 4, 0.05, None)),
-                detector=dict(asl=(1, 2, 0, 0.25)))
+# gamma_pos, gamma_neg, clip, alpha: Table 2, App. B, F and H of the paper
+SETTINGS = dict(
+    classifier={'bce': (0, 0, 0, None), 'focal': (2, 2, 0, None), 'focal-alpha': (2, 2, 0, 0.75),
+                'focusing': (0, 3, 0, None), 'margin': (2, 2, 0.3, None), 'asl': (0, 4, 0.05, None)},
+    open_images=dict(bce=(0, 0, 0, None), focal=(4, 4, 0, None), asl=(0, 7, 0.05, None)),
+    detector=dict(asl=(1, 2, 0, 0.25)))
+ZOO = 'https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/'
+RELEASED = {
+    'tresnet-l_official_asl_coco': ('MS_COCO_TRresNet_L_448_86.6.pth', 86.6),
+    'tresnet-xl_official_asl_coco-640': ('MS_COCO_TResNet_xl_640_88.4.pth', 88.4),
+    'tresnet-m-21k_official_asl_coco-224': ('MS_COCO_TRresNet_M_224_81.8.pth', 81.8),
+    'tresnet-xl_official_asl_voc': ('PASCAL_VOC_TResNet_xl_448_96.0.pth', 96.0),
+    'tresnet-l_paper_asl_nus-wide': ('NUS_WIDE_TRresNet_L_448_65.2.pth', 65.2),
+    'tresnet-l_paper_asl_open-images-448': ('Open_ImagesV6_TRresNet_L_448.pth', 86.3)}
 
 
+# To find a base in MMPretrain, MMEngine reads all its 85 metafiles, which is most of the time that a config takes.
+find_external = lru_cache(maxsize=None)(mmengine_config._get_external_cfg_path)
+
+
+@lru_cache(maxsize=None)
 def load(name: str) -> Config:
-    return Config.fromfile(PATHS[name])
+    """Not to be changed by a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mmengine_config, '_get_external_cfg_path', find_external)
+        return Config.fromfile(PATHS[name])
 
 
 def flatten(value: object, key: str = '') -> dict:
@@ -41,7 +81,7 @@ def differences(a: Config, b: Config) -> set[str]:
 def without_weights(model: dict) -> dict:
     """A model's config that downloads nothing."""
     if isinstance(model, dict):
-        return ConfigDict({key: without_weights(value) for key, value in model.items()
+        return ConfigDict({key: False if key == 'pretrained' else without_weights(value) for key, value in model.items()
                            if not (key == 'init_cfg' and isinstance(value, dict) and value['type'] == 'Pretrained')})
     return [without_weights(value) for value in model] if isinstance(model, list) else model
 
@@ -56,10 +96,10 @@ def loss_name(name: str) -> str | None:
     return next((part for part in name.split('_') if part in LOSSES), None)
 
 
-def build_model(cfg: Config):
+def build_model(cfg: Config) -> nn.Module:
     model = without_weights(cfg.model)
     if 'data_preprocessor' in cfg:  # as mmengine's Runner does
-        model.setdefault('data_preprocessor', cfg.data_preprocessor)
+        model.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
     return MODELS.build(model)
 
 
@@ -68,7 +108,12 @@ def test_builds(name):
     cfg = load(name)
     assert cfg.custom_imports == dict(imports=['mmasl'], allow_failed_imports=False)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = build_model(cfg)
+        # MMPretrain's ResNet needs numbers to be built.
+        with torch.device('meta' if 'timm' in cfg.model.backbone.type.lower() else 'cpu'):
+            model = build_model(cfg)
+        build_optim_wrapper(model, copy.deepcopy(cfg.optim_wrapper))
+        for hook in cfg.get('custom_hooks') or []:
+            HOOKS.build(hook)
         for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
             steps = pipelines(loader.dataset)
             assert steps
@@ -81,7 +126,8 @@ def test_builds(name):
 
     losses = [module for module in model.modules() if isinstance(module, AsymmetricLoss)]
     loss = 'asl' if 'adaptive' in name else loss_name(name)
-    expected = SETTINGS['detector' if hasattr(model, 'bbox_head') else 'classifier'].get(loss)
+    kind = 'detector' if hasattr(model, 'bbox_head') else 'open_images' if 'open-images' in name else 'classifier'
+    expected = SETTINGS[kind].get(loss)
     hooks = [hook.type for hook in cfg.get('custom_hooks') or [] if hook.type in GAP_HOOKS]
     assert len(hooks) == len(losses), 'what trains with the loss logs its gap'
     assert len(losses) == (expected is not None)
@@ -89,15 +135,171 @@ def test_builds(name):
         found = [getattr(loss, key).item() for key in ('gamma_pos', 'gamma_neg', 'clip')] + [loss.alpha]
         assert found == pytest.approx(expected)
         written = cfg.model.get('bbox_head', {}).get('loss_cls') or cfg.model.head.loss
-        assert 'detach_focusing' in written and written['use_sigmoid'] is True and loss.reduction == 'mean'
+        assert 'detach_focusing' in written and written['use_sigmoid'] is True
+        # The official script sums, and holds the weight constant.
+        assert (loss.reduction == 'sum') == loss.detach_focusing == ('_official_' in name)
 
+
+# --------------------------------------------------------------------- steps on data of the real layout
+
+def write_images(*paths: str, size: tuple[int, int] = (48, 64)) -> None:
+    for number, path in enumerate(paths):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(path, np.random.default_rng(number).integers(256, size=(*size, 3), dtype=np.uint8))
+
+
+def write_coco(root: str, split: str, classes: tuple[str, ...], folder: str, size: tuple[int, int] = (48, 64)) -> None:
+    ids = range(1, 5)
+    write_images(*(f'{root}/{folder}/{i}.jpg' for i in ids), size=size)
+    (Path(root) / 'annotations').mkdir(exist_ok=True)
+    (Path(root) / 'annotations' / f'instances_{split}.json').write_text(json.dumps(dict(
+        images=[dict(id=i, file_name=f'{i}.jpg', height=size[0], width=size[1]) for i in ids],
+        categories=[dict(id=i, name=name) for i, name in enumerate(classes, 1)],
+        annotations=[dict(id=i, image_id=i, category_id=i, bbox=[4, 4, 30, 24], area=720, iscrowd=0) for i in ids])))
+
+
+def write_voc(root: str) -> None:
+    ids = ('000005', '000007', '000009', '000012')
+    write_images(*(f'{root}/JPEGImages/{i}.jpg' for i in ids))
+    for folder in ('Annotations', 'ImageSets/Main'):
+        (Path(root) / folder).mkdir(parents=True)
+    for i, name in zip(ids, ('chair', 'car', 'horse', 'tvmonitor')):
+        (Path(root) / 'Annotations' / f'{i}.xml').write_text(
+            f'<annotation><object><name>{name}</name><difficult>0</difficult></object>'
+            '<object><name>cat</name><difficult>1</difficult></object></annotation>')
+    for split in ('trainval', 'test'):
+        (Path(root) / 'ImageSets/Main' / f'{split}.txt').write_text('\n'.join(ids))
+
+
+def write_nus_wide(root: str) -> None:
+    names = [f'images/{i}_m.jpg' for i in range(8)]
+    write_images(*(f'{root}/{name}' for name in names))
+    rows = [f'{name},"[\'clouds\', \'sky\']",{"train" if i % 2 else "val"}' for i, name in enumerate(names)]
+    (Path(root) / 'nus_wid_data.csv').write_text('\n'.join(['filepath,label,split_name', *rows]))
+
+
+def write_open_images(root: str) -> None:
+    ids = [f'{i:016x}' for i in range(4)]
+    write_images(*(f'{root}/{split}/{i}.jpg' for split in ('train', 'test') for i in ids))
+    classes = [f'/m/{i:05}' for i in range(9605)]
+    header = 'ImageID,Source,LabelName,Confidence\n'
+    files = {
+        'oidv6-classes-trainable.txt': '\n'.join(classes),
+        'oidv6-class-descriptions.csv': '\n'.join(['LabelName,DisplayName', *(f'{x},Class {x}' for x in classes)]),
+        'train-annotations-machine-imagelabels.csv': f'{header}{ids[3]},machine,/m/00007,0.8\n'}
+    human = header + ''.join(f'{i},verification,/m/0000{n},{n % 2}\n' for i in ids for n in range(4))
+    files |= dict.fromkeys(('oidv6-train-annotations-human-imagelabels.csv', 'test-annotations-human-imagelabels.csv'),
+                           human)
+    for name, text in files.items():
+        (Path(root) / name).write_text(text)
+
+
+def write_herbarium(root: str) -> None:
+    ids = range(12)
+    write_images(*(f'{root}/images/{i}.jpg' for i in ids))
+    (Path(root) / 'metadata.json').write_text(json.dumps(dict(
+        images=[dict(id=i, file_name=f'images/{i}.jpg') for i in ids],
+        categories=[dict(id=i, name=f'species {i}', family='x', genus='y') for i in range(3)],
+        annotations=[dict(id=i, image_id=i, category_id=i % 3) for i in ids])))
+
+
+@pytest.fixture(scope='module')
+def samples(tmp_path_factory) -> Path:
+    """A folder with all data sets of the configs where these expect them, a few images each."""
+    from mmdet.datasets import CocoDataset
+    root = tmp_path_factory.mktemp('samples')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for split in ('train2014', 'val2014', 'train2017', 'val2017'):
+            write_coco('data/coco', split, CocoDataset.METAINFO['classes'], split)
+        digits = tuple(load('fcos_asl_digits').train_dataloader.dataset.metainfo.classes)
+        for name in ('digits', 'digits_hard', 'glyphs'):
+            for split in ('train', 'val'):
+                write_coco(f'data/{name}', split, digits, split, (64, 64))
+        write_voc('data/VOCdevkit/VOC2007')
+        write_nus_wide('data/nus_wide')
+        write_open_images('data/open_images')
+        write_herbarium('data/nybg2020/train')
+    return root
+
+
+def kinds(name: str) -> set[str]:
+    """What makes a step of a config another one than those of others: its model, and its data and pipelines."""
+    def shape(value: object, ignored: tuple[str, ...]) -> object:
+        if isinstance(value, dict):
+            return {key: shape(inner, ignored) for key, inner in value.items() if key not in ignored}
+        return [shape(inner, ignored) for inner in value] if isinstance(value, (list, tuple)) else value
+
+    cfg = load(name)
+    head = cfg.model.get('head', {})
+    model = shape(cfg.model, ('loss', 'loss_cls', 'num_classes', 'init_cfg')), head and head.loss.type
+    data = shape([cfg.train_dataloader.dataset, cfg.val_dataloader.dataset], ('scale', 'data_root'))
+    return {json.dumps(part, sort_keys=True) for part in (model, data)}
+
+
+def one_of_each_kind() -> list[str]:
+    seen, chosen = set(), []
+    for wanted in (2, 1):  # new kinds: first those that show both
+        for name in PATHS:
+            if len(kinds(name) - seen) >= wanted:
+                seen |= kinds(name)
+                chosen.append(name)
+    return chosen
+
+
+def shrink(cfg: Config) -> Config:
+    """Two images of 64 px at a time, without workers."""
+    cfg = copy.deepcopy(cfg)
+    set_dataloader_defaults(cfg, 'train', 'val')
+    for split in ('train', 'val'):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+        for pipeline in pipelines(loader.dataset):
+            for step in pipeline:
+                if 'scale' in step:
+                    step.scale = (64, 64)
+    if cfg.train_dataloader.dataset.type == 'mmasl.Herbarium2020':
+        cfg.model.head.num_classes = 3  # the sample's; the full head takes a gigabyte to train
+    return cfg
+
+
+@pytest.mark.parametrize('name', one_of_each_kind())
+def test_steps(name, samples, monkeypatch):
+    monkeypatch.chdir(samples)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    cfg = shrink(load(name))
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        train, val = (Runner.build_dataloader(cfg[f'{split}_dataloader'], seed=0) for split in ('train', 'val'))
+        model = build_model(cfg)
+        optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+        evaluator = Evaluator(cfg.val_evaluator)
+    last = [weight for weight in model.parameters() if weight.requires_grad][-1]
+    before = last.detach().clone()
+    losses = model.train_step(next(iter(train)), optim_wrapper)
+    assert all(value.isfinite().all() for value in losses.values()) and losses['loss'] > 0
+    assert not torch.equal(last, before)
+
+    model.eval()
+    evaluator.dataset_meta = val.dataset.metainfo
+    count = 0
+    with torch.no_grad():
+        for batch in val:
+            outputs = model.val_step(batch)
+            count += len(outputs)
+            evaluator.process(data_samples=outputs, data_batch=batch)
+    report = evaluator.evaluate(count)
+    best = cfg.default_hooks.checkpoint.get('save_best')
+    assert best in report if best else report
+
+
+# ---------------------------------------------------------------------------------- what differs from what
 
 def sisters() -> list[tuple[str, str]]:
     """Pairs of configs whose names differ in the loss alone."""
     families = defaultdict(list)
     for name in filter(loss_name, PATHS):
         families[name.replace(f'_{loss_name(name)}_', '_')].append(name)
-    assert all(len(names) > 1 for names in families.values()), 'a config without another to compare it with'
     return [(names[0], other) for names in families.values() for other in names[1:]]
 
 
@@ -109,10 +311,32 @@ def test_sisters_differ_in_the_loss_alone(name, other):
     allowed = {'param_scheduler.eta_max.'} if name.endswith('_digits') else set()
     # Beside MMDetection's own loss there is no gap to log.
     allowed |= {'custom_hooks.0.type.'} if load(other).default_scope == 'mmdet' else set()
-    assert all(key.startswith(('model.bbox_head.loss_cls.', 'model.head.loss.')) for key in different - allowed)
+    assert all(key.startswith(('model.bbox_head.loss_cls.', 'model.head.loss.', 'released.'))
+               for key in different - allowed - {'load_from.'})
+    if 'load_from.' in different:  # each loss from its own weights
+        assert load(name).load_from.replace(f'_{loss_name(name)}_', f'_{loss_name(other)}_') == load(other).load_from
 
 
-@pytest.mark.parametrize('name', [name for name in PATHS if name.endswith('_digits')])
+@pytest.mark.parametrize('name', [name for name in PATHS if load(name).load_from])
+def test_training_starts_from_the_last_epoch_of_another_config(name):
+    _, source, file = load(name).load_from.split('/')
+    assert file == f'epoch_{load(source).train_cfg.max_epochs}.pth'
+
+
+def test_released_files():
+    found = {name: cfg.released for name, cfg in zip(PATHS, map(load, PATHS)) if cfg.get('released')}
+    assert {name: (file.checkpoint.removeprefix(ZOO), file.mAP) for name, file in found.items()} == RELEASED
+    for name, (file, _) in RELEASED.items():
+        assert load(name).train_dataloader.dataset.pipeline[1].scale == int(re.search(r'_(\d{3})', file)[1])
+
+
+@pytest.mark.parametrize('name', [name for name in PATHS if re.search(r'-\d{3}$', name)])
+def test_input_size_is_that_of_the_name(name):
+    for split in ('train', 'val', 'test'):
+        assert load(name)[f'{split}_dataloader'].dataset.pipeline[1].scale == int(name[-3:])
+
+
+@pytest.mark.parametrize('name', [name for name in PATHS if re.fullmatch(r'(resnet|fcos)_[a-z]+_digits', name)])
 def test_digits_learning_rate_is_the_best_of_its_search(name):
     with open(ROOT / 'benchmarks' / 'digits_lr.csv') as file:
         rows = [row for row in csv.DictReader(file) if row['config'] == name]
@@ -130,38 +354,134 @@ def test_baseline_is_stock(name):
     assert all(key.startswith('custom_imports.') for key in differences(load(name), stock))
 
 
-@pytest.mark.parametrize('loss', LOSSES)
-def test_voc_differs_from_coco_in_the_data_alone(loss):
-    different = differences(load(f'resnet101_{loss}_voc'), load(f'resnet101_{loss}_coco'))
+@pytest.mark.parametrize('data', ['voc', 'nus-wide'])
+@pytest.mark.parametrize('model', ['tresnet-l_paper', 'resnet101'])
+@pytest.mark.parametrize('loss', ['bce', 'focal', 'asl'])
+def test_other_data_differs_from_coco_in_the_data_alone(model, loss, data):
+    if (name := f'{model}_{loss}_{data}') not in PATHS:
+        assert (model, loss, data) == ('resnet101', 'focal', 'nus-wide')
+        return
+    different = differences(load(name), load(f'{model}_{loss}_coco'))
     loaders = {f'{split}_dataloader.dataset' for split in ('train', 'val', 'test')}
-    assert {'.'.join(key.split('.')[:2]) for key in different - {'model.head.num_classes.'}} == loaders
+    different = {key for key in different if not key.startswith('released.')} - {'model.head.num_classes.'}
+    assert {'.'.join(key.split('.')[:2]) for key in different} == loaders
 
 
-def test_recipe_is_the_papers():
-    cfg = load('resnet101_asl_coco')
-    assert cfg.optim_wrapper.optimizer == dict(type='Adam', lr=2e-4)
-    assert cfg.param_scheduler.type == 'OneCycleLR' and cfg.param_scheduler.eta_max == 2e-4
-    assert cfg.train_cfg.max_epochs == 60
+@pytest.mark.parametrize('name', ['resnet101', 'tresnet-l', 'tresnet-l-v2-21k'])
+def test_backbones_differ_in_the_model_alone(name):
+    family = '_paper_' if 'tresnet' in name else '_'
+    different = differences(load(f'{name}{family}asl_coco'), load('tresnet-l_paper_asl_coco'))
+    # ResNet's own weights are no TResNet file to adapt.
+    assert all(key.startswith(('model.', 'custom_hooks.1.')) for key in different)
+
+
+def describe(cfg: Config) -> dict[str, str]:
+    """The cells of docs/recipes.md that a config amounts to."""
+    def plain(number: float) -> str:
+        return f'{number:.0e}'.replace('e-0', 'e-')
+
+    optimizer, loss = cfg.optim_wrapper.optimizer, cfg.model.head.loss
+    rate, momentum = cfg.param_scheduler
+    assert (rate.type, momentum.type) == ('OneCycleLR', 'mmasl.OneCycleMomentum')
+    assert all(rate.get(key) == momentum.get(key) for key in ('pct_start', 'end', 'begin', 'by_epoch'))
+    default = inspect.signature(OneCycleMomentum).parameters
+    low, high, turn = (momentum.get(key, default[key].default) for key in ('eta_min', 'eta_max', 'pct_start'))
+    decay = 'none'
+    if optimizer.get('weight_decay'):
+        assert cfg.optim_wrapper.paramwise_cfg == dict(bias_decay_mult=0, flat_decay_mult=0)
+        decay = (f'{plain(optimizer.weight_decay)}, added to the gradient; none on biases and parameters of one '
+                 'dimension')
+    average = 'none'
+    for hook in cfg.custom_hooks:
+        if hook.type == 'mmasl.EMAHook':
+            assert hook.update_buffers
+            average = f"mean age {hook.horizon} of the run, batch norm's statistics too"
+
+    load_image, resize, *augment, pack = cfg.train_dataloader.dataset.pipeline
+    assert (load_image.type, resize.type, pack.type) == ('LoadImageFromFile', 'Resize', 'PackInputs')
+    assert cfg.data_preprocessor.mean == [0] * 3 and cfg.data_preprocessor.std == [255] * 3
+    cutout = dict(type='mmasl.Cutout', size=0.5)
+    names = ['Cutout of half the side' if step == cutout else step.type for step in augment]
+    random = augment[-1]
+    operations = RANDAUG_POLICIES[random.policies] if isinstance(random.policies, str) else random.policies
+    level = f'{random.magnitude_level} +- {random.magnitude_std} of {random.get("total_level", 10)}'
+    conventions = METRICS.build(cfg.val_evaluator).conventions
+    batch = cfg.train_dataloader.batch_size
+    return {
+        'optimiser': optimizer.type,
+        'highest learning rate': plain(rate.eta_max),
+        'one cycle over': f'{rate.get("end", cfg.train_cfg.max_epochs)} epochs',
+        'left after': f'{cfg.train_cfg.max_epochs} epochs',
+        'learning rate rises for': f'{turn} of it',
+        'beta1': f'{high}, {low} at the turn, {high}',
+        'weight decay': decay,
+        'weight average': average,
+        'input': f'whole image squeezed to {resize.scale} px, RGB in 0 to 1',
+        'augmentation': ', '.join(names),
+        'RandAugment': f'{random.num_policies} of {len(operations)} operations, magnitude ' + (
+            'uniform' if random.magnitude_std == 'inf' else level),
+        'loss': dict(mean='mean over the images', sum='sum')[loss.reduction],
+        'focusing weight': 'constant to the gradient' if loss.detach_focusing else 'Eq. 8, with its gradient',
+        'batch': f'{128 // batch} GPU{"s" * (batch < 128)} of {batch}',
+        'pre-training': {'tresnet_l.miil_in1k': 'ImageNet-1K at 224 px'}[cfg.model.backbone.model_name],
+        'threshold, CF1': f'{conventions.threshold}, {conventions.cf1}'}
+
+
+def test_recipes_are_those_of_the_table():
+    lines = (ROOT / 'docs/recipes.md').read_text().splitlines()
+    start = lines.index('| | `paper` | `official` |') + 2
+    rows = [line.replace(' *', '').strip('| ').split(' | ') for line in lines[start:lines.index('', start)]]
+    described = [describe(load(f'tresnet-l_{family}_asl_coco')) for family in ('paper', 'official')]
+    assert {name: cells for name, *cells in rows} == {
+        name: [cells[name] for cells in described] for name in described[0]}
+
+
+def test_the_document_names_every_config():
+    """The file names in docs/recipes.md, with their braces, are those of configs, and of all of its recipes."""
+    text = (ROOT / 'docs/recipes.md').read_text().replace('..._open', 'tresnet-l_paper_{bce,focal,asl}_open')
+    found = set()
+    for pattern in re.findall(r'`([\w{},-]+_[\w{},-]+)\.py`', text):
+        found |= set(map(''.join, product(*(part.split(',') for part in re.split('[{}]', pattern)))))
+    assert found <= set(PATHS)
+    recipes = {name for name in PATHS if re.search('_(paper|official)_|_tresnet|_nus-wide|_voc-from-coco', name)}
+    assert recipes - found == {'resnet101_bce_nus-wide', *(set(RELEASED) - found)}, 'a baseline, and the model zoo'
+
+
+def test_unannotated_labels_of_open_images_can_be_ignored():
+    for loss in ('bce', 'focal', 'asl'):
+        cfg = load(f'tresnet-l_paper_{loss}_open-images-448')
+        assert cfg.model.head.loss.ignore_index == -1
+        assert cfg.train_dataloader.dataset.unannotated == 'negative'
+        assert cfg.val_dataloader.dataset.unannotated == cfg.test_dataloader.dataset.unannotated == 'ignore'
 
 
 @pytest.mark.parametrize('split', ('train', 'val', 'test'))
-def test_the_whole_image_is_squeezed_to_448_px(split, tmp_path):
-    import cv2
-    image = np.zeros((40, 120, 3), np.uint8)
-    image[:, 90:] = 255
-    cv2.imwrite(str(tmp_path / 'image.png'), image)
-    cfg = load('resnet101_asl_coco')
-    pipeline = cfg[f'{split}_dataloader'].dataset.pipeline
-    steps = [step for step in pipeline if step.type != 'RandAugment']
+@pytest.mark.parametrize('family', ('paper', 'official'))
+def test_the_whole_image_is_squeezed_to_448_px(family, split, tmp_path):
+    image = np.random.default_rng(0).integers(256, size=(300, 700, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / 'image.png')
+    pipeline = load(f'tresnet-l_{family}_asl_coco')[f'{split}_dataloader'].dataset.pipeline
+    steps = [step for step in pipeline if step.type not in ('RandAugment', 'mmasl.Cutout')]
     assert (len(steps) < len(pipeline)) == (split == 'train')
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         inputs = Compose(steps)(dict(img_path=str(tmp_path / 'image.png'), gt_label=[3]))['inputs']
-    assert inputs.shape == (3, 448, 448)
-    assert (inputs[..., :330] == 0).all() and (inputs[..., 342:] == 255).all()
+    expected = torchvision.transforms.Resize((448, 448))(Image.fromarray(image))
+    np.testing.assert_array_equal(inputs.numpy()[::-1].transpose(1, 2, 0), np.asarray(expected))
+
+
+@pytest.mark.parametrize('family', ('paper', 'official'))
+def test_what_augmentation_uncovers_is_grey(family):
+    augment = load(f'tresnet-l_{family}_asl_coco').train_dataloader.dataset.pipeline[-2]
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        operations = [step for step in Compose([augment]).transforms[0].transforms if hasattr(step, 'pad_val')]
+    assert len(operations) >= 5
+    for operation in operations:
+        operation.prob = 1
+        image = operation(dict(img=np.full((40, 40, 3), 255, np.uint8)))['img']
+        assert (image == image[..., :1]).all(), operation
 
 
 def test_classifier_gets_rgb_from_0_to_1():
-    import torch
     cfg = load('resnet101_asl_coco')
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         preprocessor = MODELS.build(dict(type='ClsDataPreprocessor', **cfg.data_preprocessor))

@@ -27,11 +27,11 @@ def root(tmp_path) -> Path:
 
 
 def save(root: Path, text: str) -> None:
-    (root / 'nus_wide_data.csv').write_text(text)
+    (root / 'nus_wid_data.csv').write_text(text)
 
 
 def load(root: Path, split: str = 'train', **kwargs) -> NUSWide:
-    return NUSWide(**dict(ann_file='nus_wide_data.csv', data_root=str(root), split=split) | kwargs)
+    return NUSWide(**dict(ann_file='nus_wid_data.csv', data_root=str(root), split=split) | kwargs)
 
 
 def labels(dataset: NUSWide) -> list[tuple[str, list[int]]]:
@@ -74,14 +74,14 @@ def test_file_paths_start_from_data_prefix(root):
 
 def test_other_classes_and_warnings(root, warnings):
     assert labels(load(root, classes=['zebra', 'sky', 'dog'])) == [('1', [1]), ('4', [0, 1])]
-    path = root / 'nus_wide_data.csv'
+    path = root / 'nus_wid_data.csv'
     assert warnings == [f'{path} (train) has no image of 1 classes: dog',
                         f'{path} (train) has labels left out, of 2 classes: clouds, person']
 
 
 def test_from_a_config(root):
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        dataset = DATASETS.build(dict(type='mmasl.NUSWide', ann_file='nus_wide_data.csv', data_root=str(root),
+        dataset = DATASETS.build(dict(type='mmasl.NUSWide', ann_file='nus_wid_data.csv', data_root=str(root),
                                       split='val', pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')]))
     assert dataset[0]['data_samples'].gt_label.tolist() == [PERSON]
     assert (dataset[0]['inputs'] == 2).all()
@@ -109,12 +109,12 @@ def test_missing_files(root):
 ], ids=['columns', 'nothing', 'too many', 'too few', 'twice', 'unknown', 'no labels'])
 def test_damaged_files(root, text, message):
     save(root, text)
-    with pytest.raises(ValueError, match=f'nus_wide_data.csv.*{message}' if 'no image' not in message else message):
+    with pytest.raises(ValueError, match=f'nus_wid_data.csv.*{message}' if 'no image' not in message else message):
         load(root)
 
 
 def test_wrong_arguments(root):
-    with pytest.raises(ValueError, match=r"split is 'test'; .*nus_wide_data.csv has \['train', 'val'\]"):
+    with pytest.raises(ValueError, match=r"split is 'test'; .*nus_wid_data.csv has \['train', 'val'\]"):
         load(root, 'test')
     with pytest.raises(ValueError, match="classes has 'sky' 2 times"):
         load(root, classes=('sky', 'sun', 'sky'))

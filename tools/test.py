@@ -38,6 +38,8 @@ def configure(args: argparse.Namespace) -> Config:
         raise SystemExit(f'{args.config} has no test_dataloader')
     require_file(args.checkpoint, 'checkpoint')
     cfg.load_from, cfg.resume = args.checkpoint, False
+    if cfg.model.get('backbone', {}).get('pretrained') is True:
+        cfg.model.backbone.pretrained = False  # timm would download what the checkpoint replaces
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.show or args.show_dir:

@@ -127,7 +127,8 @@ def main() -> None:
         runner.train()
     except URLError as error:
         raise SystemExit(f'Pretrained weights could not be downloaded ({error}): set init_cfg.checkpoint in the model '
-                         'to a file, or train from scratch with --cfg-options model.backbone.init_cfg=None') from None
+                         'to a file, or train from scratch with --cfg-options model.backbone.init_cfg=None '
+                         '(model.backbone.pretrained=False for a backbone of timm)') from None
 
 
 if __name__ == '__main__':

@@ -19,14 +19,14 @@ CONCEPTS = (
     'street', 'sun', 'sunset', 'surf', 'swimmers', 'tattoo', 'temple', 'tiger', 'tower', 'town', 'toy', 'train', 'tree',
     'valley', 'vehicle', 'water', 'waterfall', 'wedding', 'whales', 'window', 'zebra')
 COLUMNS = ('filepath', 'label', 'split_name')
-CURE = ('Get nus_wide_data.csv and the images as MODEL_ZOO.md of https://github.com/Alibaba-MIIL/ASL says, or set '
+CURE = ('Get nus_wid_data.csv and the images as MODEL_ZOO.md of https://github.com/Alibaba-MIIL/ASL says, or set '
         'data_root, ann_file and data_prefix to where they lie. No download is needed for configs/*_digits.py, on the '
         'data that tools/make_digits.py writes')
 
 
 @DATASETS.register_module()
 class NUSWide(MultiLabelDataset):
-    """Labels from the columns ``filepath``, ``label`` and ``split_name`` of ``nus_wide_data.csv``.
+    """Labels from the columns ``filepath``, ``label`` and ``split_name`` of ``nus_wid_data.csv``.
 
     A label is a list of names, as in ``"['clouds', 'sky']"``, with or without quotes. A sample has ``img_path`` and
     ``gt_label`` (sorted list of int). Images without a label are left out, as the authors did. Class i is the i-th of

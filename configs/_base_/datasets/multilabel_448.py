@@ -4,11 +4,18 @@
 data_preprocessor = dict(mean=[0., 0., 0.], std=[255., 255., 255.], to_rgb=True)
 
 # The whole image squeezed to a square, with Pillow's antialiased bilinear filter. App. B names "standard augmentation
-# techniques" without a policy; this is RandAugment as MMPretrain uses it for ImageNet.
+# techniques" without a policy; this is RandAugment as MMPretrain uses it for ImageNet, on grey: with pad_val of one
+# number it rotates onto blue.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=448, backend='pillow'),
-    dict(type='RandAugment', policies='timm_increasing', num_policies=2, magnitude_level=9, magnitude_std=0.5),
+    dict(
+        type='RandAugment',
+        policies='timm_increasing',
+        num_policies=2,
+        magnitude_level=9,
+        magnitude_std=0.5,
+        hparams=dict(pad_val=(128, 128, 128))),
     dict(type='PackInputs'),
 ]
 test_pipeline = [

@@ -1,0 +1,4 @@
+# TResNet-L on VOC with ASL (gamma 0 and 4, margin 0.05: App. B) of arXiv 2009.14119.
+_base_ = './tresnet-l_paper_bce_voc.py'
+
+model = dict(head=dict(loss=dict(gamma_neg=4.0, clip=0.05)))

@@ -1,0 +1,4 @@
+# TResNet-L on VOC with the focal loss (gamma 2, no alpha: Eq. 3) of arXiv 2009.14119.
+_base_ = './tresnet-l_paper_bce_voc.py'
+
+model = dict(head=dict(loss=dict(gamma_pos=2.0, gamma_neg=2.0)))
