@@ -1,7 +1,6 @@
 """How every part of tools/benchmark.py measures: peers in turn within one run, memory exactly, big jobs in a process of
 their own."""
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -76,11 +75,3 @@ def in_process(code: str, timeout: float = 1800) -> dict[str, object]:
         raise RuntimeError(f'a measurement failed:\n{done.stderr[-2000:]}')
     return {key: value for line in done.stdout.splitlines()[-2:] for key, value in json.loads(line).items()}
 
-
-def machine(device: str) -> dict[str, object]:
-    """Columns that every row has: where and with what it was measured."""
-    versions = dict(torch=torch.__version__)
-    if device == 'cuda':
-        import triton
-        return dict(device=torch.cuda.get_device_name(), **versions, triton=triton.__version__)
-    return dict(device=f'{torch.get_num_threads()} threads {platform.machine()}', **versions)

@@ -1,0 +1,97 @@
+"""Measures what docs/speed.md and docs/scale.md claim, and says which target falls short."""
+import argparse
+import csv
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mmasl.runs import write_rows  # noqa: E402
+
+PARTS = ('loss', 'step', 'linear', 'metrics', 'annotations')
+ORIGIN = ('commit', 'date', 'torch', 'device')
+ROOT = Path(__file__).parents[1]
+DOC = ROOT / 'docs' / 'speed.md'
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def part_module(name: str):
+    return importlib.import_module(f'tools.benchmarks.{name}')
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Rows as Markdown, with what all of them share (device, versions) in one line below."""
+    columns = [key for key in rows[0] if key not in ORIGIN and any(row[key] for row in rows)]
+    lines = [' | '.join(column.replace('_', ' ') for column in columns), '|'.join(['---'] * len(columns))]
+    lines += [' | '.join(row[column] for column in columns) for row in rows]
+    origins = sorted({f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['date']}" for row in rows})
+    return '\n'.join(f'| {line} |' for line in lines) + '\n\n' + '; '.join(origins) + '.'
+
+
+def verdicts(name: str, rows: list[dict[str, str]]) -> str:
+    """The targets of a part as Markdown: reached or not."""
+    lines = ['| target | measured | |', '|---|---|---|']
+    lines += [f'| {words} | {measured} | {"reached" if reached else "**not reached**"} |'
+              for words, measured, reached in part_module(name).targets(rows)]
+    return '\n'.join(lines)
+
+
+def render(doc: str, folder: Path) -> str:
+    """The document with the blocks between ``<!-- rows: PART DEVICE -->`` and ``<!-- end -->`` made from the rows."""
+    out, rest = '', doc
+    while (start := rest.find('<!-- ')) >= 0:
+        marker, _, tail = rest[start:].partition('-->')
+        kind, _, what = marker[5:].strip().partition(': ')
+        if kind not in ('rows', 'targets'):
+            out, rest = out + rest[:start] + marker + '-->', tail
+            continue
+        name, device = what.split()
+        path = folder / f'{name}_{device}.csv'
+        block = f'Not measured yet: `python tools/benchmark.py {name} --device {device}`.'
+        if path.exists():
+            rows = read_rows(path)
+            block = table(rows) if kind == 'rows' else verdicts(name, rows)
+        out += rest[:start] + marker + '-->\n' + block + '\n'
+        rest = tail[tail.index('<!-- end -->'):]
+        out, rest = out + '<!-- end -->', rest[len('<!-- end -->'):]
+    return out + rest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('parts', nargs='*', metavar='PART', help=f'what to measure, of {", ".join(PARTS)}; default: all')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--out', type=Path, default=ROOT / 'benchmarks' / 'speed', help='folder of the CSV files')
+    parser.add_argument('--render', action='store_true', help=f'only put the rows there are into {DOC.name}')
+    args = parser.parse_args()
+    if unknown := sorted(set(args.parts) - set(PARTS)):
+        parser.error(f'no part {", ".join(unknown)}: the parts are {", ".join(PARTS)}')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda: torch sees no GPU here; leave --device out to measure on the CPU')
+
+    missed = []
+    for name in [] if args.render else args.parts or PARTS:
+        part, rows, start = part_module(name), [], time.time()
+        print(f'== {name} on {args.device}: {part.__doc__.strip().splitlines()[0]}', flush=True)
+        for row in part.measure(args.device):
+            rows.append(row)
+            print(f'[{time.time() - start:5.0f} s]', ', '.join(f'{k} {v}' for k, v in row.items() if v != ''), flush=True)
+        write_rows(args.out / f'{name}_{args.device}.csv', rows)
+        for words, measured, reached in part.targets(read_rows(args.out / f'{name}_{args.device}.csv')):
+            print('reached    ' if reached else 'NOT REACHED', f'{words}: {measured}', flush=True)
+            if not reached:
+                missed.append(f'{words}: {measured}')
+    DOC.write_text(render(DOC.read_text(), args.out))
+    if missed:
+        print(f'\n{len(missed)} targets fall short:', *missed, sep='\n  ')
+
+
+if __name__ == '__main__':
+    main()
