@@ -1,5 +1,7 @@
+import io
 import pickle
 import tracemalloc
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +147,21 @@ def test_memory_grows_by_bytes_and_not_by_objects(root):
         assert tracemalloc.get_traced_memory()[0] - before < 40 * count
     finally:
         tracemalloc.stop()
+
+
+def test_spawned_workers_share_the_index(root):
+    """What goes to a worker's process are handles, and both processes read the same values through them."""
+    count = 5000
+    (root / 'human.csv').write_text(HEADER + ''.join(
+        f'{i:016x},verification,{CLASSES[c]},1\n' for i in range(count) for c in range(4)))
+    Image.new('RGB', (8, 8)).save(root / 'train' / f'{0:016x}.jpg')
+    dataset = load(root)
+    subset, every = dataset.get_subset([7, 4999]), scores(dataset)
+    sent = io.BytesIO()
+    ForkingPickler(sent).dump(dataset)
+    assert len(sent.getvalue()) < count < len(pickle.dumps(dataset))
+    assert scores(pickle.loads(sent.getvalue())) == scores(dataset) == every
+    assert scores(subset) == {name: every[name] for name in (f'{7:016x}', f'{4999:016x}')}
 
 
 # --------------------------------------------------------------------------------------------------- in the OpenMMLab

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
+import torch
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmpretrain.datasets import MultiLabelDataset
@@ -34,7 +35,7 @@ class OpenImages(MultiLabelDataset):
       the paper used (App. F, the value is not given), is a matter of the loss and not of the labels: give it 'ignore',
       so that it can tell the two kinds of negatives apart.
 
-    The labels are kept in arrays, 24 bytes an image and 2 a label, that workers share.
+    The labels are kept in 24 bytes an image and 2 a label, which workers share, however they start.
 
     Args:
         ann_file: CSV of human-verified labels with the columns ``ImageID``, ``LabelName``, ``Confidence``, which is 1
@@ -99,7 +100,7 @@ class OpenImages(MultiLabelDataset):
         if self.image_file:
             ids = _read_column(self.image_file, 'image id')
             wanted = _parse_ids(np.array(ids, 'S17'), self.image_file)
-            images = images.subset(np.isin(images.ids, wanted).nonzero()[0])
+            images = images.subset(np.isin(images.ids, wanted.view(np.int64)).nonzero()[0])
         if not len(images):
             raise ValueError(f'no image of {self.ann_file} has a label of the {len(self.class_ids)} classes of '
                              f'{self.class_file}' + (f' and is in {self.image_file}' if total else ''))
@@ -155,6 +156,9 @@ class OpenImages(MultiLabelDataset):
 class LabelledImages(Sequence):
     """Images and their labels in compressed rows; an item is a dict of ``img_id`` and ``labels``.
 
+    The arrays are kept as tensors: PyTorch hands those to spawned workers in shared memory, and would copy arrays into
+    each.
+
     Args:
         ids: Image ids (N,), uint64.
         starts, ends: Where the labels of each image begin and end, (N,).
@@ -162,7 +166,8 @@ class LabelledImages(Sequence):
     """
 
     def __init__(self, ids: np.ndarray, starts: np.ndarray, ends: np.ndarray, labels: np.ndarray) -> None:
-        self.ids, self.starts, self.ends, self.labels = ids, starts, ends, labels
+        ids = ids.view(np.int64)  # torch 2.11 does not unpickle uint64
+        self.ids, self.starts, self.ends, self.labels = map(torch.as_tensor, (ids, starts, ends, labels))
 
     @classmethod
     def from_runs(cls, ids: np.ndarray, lengths: np.ndarray, labels: np.ndarray) -> 'LabelledImages':
@@ -180,13 +185,14 @@ class LabelledImages(Sequence):
 
     def subset(self, indices: np.ndarray) -> 'LabelledImages':
         """The images at ``indices``, on the same labels."""
-        return LabelledImages(self.ids[indices], self.starts[indices], self.ends[indices], self.labels)
+        return LabelledImages(*(x.numpy()[indices] for x in (self.ids, self.starts, self.ends)), self.labels)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, idx: int) -> dict:
-        return dict(img_id=f'{self.ids[idx]:016x}', labels=self.labels[self.starts[idx]:self.ends[idx]])
+        labels = self.labels[self.starts[idx]:self.ends[idx]]
+        return dict(img_id=f'{self.ids[idx].item() % 2**64:016x}', labels=labels.numpy())
 
 
 def _open(path: str):
