@@ -28,6 +28,7 @@ class AsymmetricSoftmaxLoss(nn.Module):
             are not ignored; 'sum' leaves ``avg_factor`` aside.
         loss_weight: Factor of the result.
         ignore_index: Label of samples to leave out.
+        implementation: 'triton', 'eager', or None for the faster one that can run.
 
     Raises:
         ValueError: A parameter is out of its range; the message names it.
@@ -40,7 +41,8 @@ class AsymmetricSoftmaxLoss(nn.Module):
                  use_sigmoid: bool = False,
                  reduction: str = 'mean',
                  loss_weight: float = 1.,
-                 ignore_index: int | None = None) -> None:
+                 ignore_index: int | None = None,
+                 implementation: str | None = None) -> None:
         super().__init__()
         if use_sigmoid is not False:
             raise ValueError(f'use_sigmoid={use_sigmoid}: AsymmetricSoftmaxLoss is defined on a softmax; set '
@@ -60,6 +62,7 @@ class AsymmetricSoftmaxLoss(nn.Module):
         self.reduction = reduction
         self.loss_weight = loss_weight
         self.ignore_index = ignore_index
+        self.implementation = implementation
 
     def forward(self,
                 pred: Tensor,
@@ -82,7 +85,8 @@ class AsymmetricSoftmaxLoss(nn.Module):
         reduction = reduction_override or self.reduction
         if reduction not in REDUCTIONS:
             raise ValueError(f'reduction_override={reduction!r} must be one of {REDUCTIONS}')
-        loss = asymmetric_softmax_loss(pred, target, self.gamma_pos, self.gamma_neg, self.smoothing, self.ignore_index)
+        loss = asymmetric_softmax_loss(pred, target, self.gamma_pos, self.gamma_neg, self.smoothing, self.ignore_index,
+                                       self.implementation)
         if weight is not None:
             if weight.shape != loss.shape:
                 raise ValueError(f'weight of shape {tuple(weight.shape)} does not fit labels of shape '

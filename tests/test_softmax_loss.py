@@ -184,8 +184,43 @@ def test_compiled(logits, labels):
     assert_close(with_grad(compiled, logits, labels), with_grad(loss, logits, labels))
     bad = labels.clone()
     bad[1] = 9
-    # Looking at the labels would break the graph: there an unknown one gives NaN.
-    assert compiled(logits, bad).isnan()
+    with pytest.raises(ValueError, match=r'label 9 at \[1, 0\]'):
+        compiled(logits, bad)
+
+
+@pytest.mark.parametrize('setting', [*SETTINGS, (1, 4, 0.9)], ids=str)
+@pytest.mark.parametrize('rows, classes, dtype', [
+    (12, 5, torch.float32), (1, 2, torch.float32), (3, 5003, torch.float32), (2, 300, torch.bfloat16),
+    (2, 3000, torch.float16)], ids=str)
+def test_kernel_is_eager(rows, classes, dtype, setting):
+    """Triton's through its interpreter, on memory full of NaN (tests/conftest.py), with an ignored label."""
+    generator = torch.Generator().manual_seed(rows)
+    logits = (torch.randn(rows, classes, generator=generator) * 6).to(dtype)
+    labels = torch.arange(rows) % classes
+    labels[rows // 2] = -1 if rows > 1 else 0
+    torch.use_deterministic_algorithms(True)
+    eager, triton = (with_grad(asymmetric_softmax_loss, logits, labels, *setting, ignore_index=-1, implementation=name)
+                     for name in ('eager', 'triton'))
+    torch.use_deterministic_algorithms(False)
+    assert_close(triton[0], eager[0], rtol=1e-5, atol=1e-6)
+    # The interpreter cuts off what the hardware rounds to bfloat16.
+    assert_close(triton[1], eager[1], rtol=2**-7 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('z', [(1000., -1000., 0.), (-1000., 1000., 0.), (1e38, -1e38, 0.), (-1e38, 1e38, 1e38)], ids=str)
+@pytest.mark.parametrize('setting', SETTINGS, ids=str)
+def test_kernel_at_extremes(z, setting):
+    logits, labels = torch.tensor([z]), torch.tensor([0])
+    eager, triton = (with_grad(asymmetric_softmax_loss, logits, labels, *setting, implementation=name)
+                     for name in ('eager', 'triton'))
+    assert triton[0].isfinite() and triton[1].isfinite().all()
+    assert_close(triton, eager, rtol=1e-5, atol=1e-7)
+
+
+def test_kernel_marks_unknown_labels(logits):
+    for label in (5, -1):
+        value, grad = with_grad(asymmetric_softmax_loss, logits[:2], torch.tensor([1, label]), implementation='triton')
+        assert value.isnan().tolist() == [False, True] and grad.isnan().any(1).tolist() == [False, True]
 
 
 def test_state_and_repr():

@@ -1,10 +1,17 @@
 """Asymmetric focusing over a softmax, for one label a sample: in the authors' code, but not in the paper."""
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import Optional
 
-from .asymmetric_loss import asymmetric_loss
-from .eager import in_range
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import eager
+from .asymmetric_loss import _pick, _scaled
+
+try:
+    from . import fused_softmax
+except ImportError:  # no Triton
+    fused_softmax = None
 
 
 def asymmetric_softmax_loss(logits: Tensor,
@@ -12,7 +19,8 @@ def asymmetric_softmax_loss(logits: Tensor,
                             gamma_pos: float = 0.,
                             gamma_neg: float = 4.,
                             smoothing: float = 0.1,
-                            ignore_index: int | None = None) -> Tensor:
+                            ignore_index: int | None = None,
+                            implementation: str | None = None) -> Tensor:
     """Softmax cross-entropy with label smoothing s, focused unequally on the label y and the other classes.
 
     With p = softmax(z) over C classes, g+ = ``gamma_pos`` and g- = ``gamma_neg``, as ``ASLSingleLabel`` of the official
@@ -34,9 +42,11 @@ def asymmetric_softmax_loss(logits: Tensor,
         gamma_neg: Focusing parameter g- >= 0 of the other classes.
         smoothing: Share s in [0, 1) of the target that is spread evenly over all classes.
         ignore_index: Label of samples that have no loss and no gradient.
+        implementation: 'triton' (CUDA, not float64), 'eager', or None for the faster one that can run.
 
     Returns:
-        Loss (...), in float64 for float64 logits and in float32 otherwise.
+        Loss (...), in float64 for float64 logits and in float32 otherwise. The gradient is computed with it, and kept
+        in the logits' dtype, but in float32 for float16. There is no second derivative.
 
     Raises:
         ValueError: Shapes do not fit, or a label is out of range; as in :func:`mmasl.ops.asymmetric_loss`, the latter
@@ -54,23 +64,102 @@ def asymmetric_softmax_loss(logits: Tensor,
     if num_classes < 2:
         raise ValueError(f'logits of shape {tuple(logits.shape)} have {num_classes} class: a softmax needs two or '
                          'more; mmasl.AsymmetricLoss takes a single logit')
-    labels = labels.long().unsqueeze(-1)
-    ignored = None if ignore_index is None else labels == ignore_index
-    if ignored is not None:
-        labels = labels.masked_fill(ignored, 0)
-    allowed = f'0 to {num_classes - 1}{"" if ignore_index is None else f", {ignore_index} to ignore"}'
-    known = in_range(labels, num_classes - 1, 'label', allowed)
-    labels = labels.clamp(0, num_classes - 1)
+    loss, _ = torch.ops.mmasl.asymmetric_softmax_loss(
+        logits, labels, float(gamma_pos), float(gamma_neg), float(smoothing), ignore_index,
+        _pick(implementation, logits), torch.is_grad_enabled() and logits.requires_grad)
+    return loss
 
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+@torch.library.custom_op('mmasl::asymmetric_softmax_loss', mutates_args=())
+def _forward(logits: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
+             ignore_index: Optional[int], implementation: str, need_grad: bool) -> tuple[Tensor, Tensor]:
+    """Loss of each sample, and the gradient of their sum or an empty tensor."""
+    run = fused_softmax.run if implementation == 'triton' else _run_eager
+    z, y = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    loss, grad = run(z, y, gamma_pos, gamma_neg, smoothing, ignore_index, need_grad, _kept_dtype(logits))
+    return loss.reshape(labels.shape), logits.new_empty(0) if grad is None else grad.reshape(logits.shape)
+
+
+@_forward.register_fake
+def _(logits, labels, gamma_pos, gamma_neg, smoothing, ignore_index, implementation, need_grad):
+    loss = logits.new_empty(labels.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return loss, logits.new_empty(logits.shape, dtype=_kept_dtype(logits)) if need_grad else logits.new_empty(0)
+
+
+def _kept_dtype(logits: Tensor) -> torch.dtype:
+    """float16 ends above the probabilities of thousands of classes."""
+    return torch.float32 if logits.dtype == torch.float16 else logits.dtype
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
+
+
+@once_differentiable
+def _backward(ctx, upstream, _):
+    grad = None if upstream is None else eager.saturate(
+        _scaled(ctx.saved_tensors[0], upstream), ctx.dtype)
+    return grad, *[None] * 7
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _run_eager(z: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
+               ignore_index: int | None, need_grad: bool, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(N, C) logits and (N,) labels; on the CPU over blocks of rows, see :mod:`mmasl.ops.eager`."""
+    rows, classes = z.shape
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    grad = z.new_empty(z.shape, dtype=grad_dtype) if need_grad else None
+    losses = []
+    step = max(eager.BLOCK // classes, 1) if z.device.type == 'cpu' else max(rows, 1)
+    for start in range(0, rows, step):
+        block = slice(start, start + step)
+        y = labels[block].long().unsqueeze(-1)
+        ignored = None if ignore_index is None else y == ignore_index
+        y = y if ignored is None else y.masked_fill(ignored, 0)
+        known = eager.in_range(y, classes - 1, 'label', f'0 to {classes - 1}' + (
+            '' if ignore_index is None else f', {ignore_index} to ignore'), start)
+        # An unchecked label out of range carries its NaN into the sample.
+        loss, block_grad = _block(z[block].to(dtype), y.clamp(0, classes - 1), 0. * known.to(dtype), gamma_pos, gamma_neg,
+                                  smoothing, need_grad)
+        losses.append(loss if ignored is None else loss.masked_fill_(ignored, 0))
+        if need_grad:
+            grad[block] = block_grad if ignored is None else block_grad.masked_fill_(ignored, 0)
+    return torch.cat(losses).squeeze(-1) if losses else z.new_empty(0, dtype=dtype), grad
+
+
+def _block(z: Tensor, y: Tensor, poison: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
+           need_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Loss (N, 1) and its gradient (N, C) for labels y (N, 1)."""
+    share = smoothing / z.shape[-1]
     # p_y is the sigmoid of the label's lead over all others together, which keeps 1 - p_y exact where p_y rounds to 1.
-    lead = -(z - z.gather(-1, labels)).scatter(-1, labels, -torch.inf).logsumexp(-1, keepdim=True)
-    share = smoothing / num_classes
-    loss = (1 - smoothing + share) * asymmetric_loss(lead, torch.ones_like(lead), gamma_pos, 0, 0)
+    z_y = z.gather(-1, y)
+    others = z.scatter(-1, y, -torch.inf)
+    top = others.amax(-1, keepdim=True)
+    lowest = torch.finfo(z.dtype).min  # finite, for the products with probabilities of 0
+    others.sub_(top).clamp_(min=lowest)
+    e = others.exp()
+    log_sum = e.sum(-1, keepdim=True).log_()
+    lead = z_y - top - log_sum
+    loss, slope, p_rest = eager.negative_part(-lead, gamma_pos, 0., False, need_grad)  # of the label; p_rest = 1 - p_y
+    weight = 1 - smoothing + share + poison
+    loss *= weight
+    e *= torch.exp(-log_sum)  # the others' softmax among themselves
     if smoothing:
-        log_p = F.log_softmax(z, -1)
-        others = ((gamma_neg * log_p).exp() * -log_p).scatter(-1, labels, 0)
-        loss = loss + share * others.sum(-1, keepdim=True)
-    # An unchecked label out of range carries its NaN into the loss.
-    loss = loss + 0. * known
-    return (loss if ignored is None else loss.masked_fill(ignored, 0)).squeeze(-1)
+        log_p = others.sub_(log_sum - torch.nn.functional.logsigmoid(-lead)).clamp_(min=lowest).scatter_(-1, y, 0)
+        focus = (log_p * gamma_neg).exp_().scatter_(-1, y, 0)
+        focus_log_p = log_p.mul_(focus)
+        loss -= share * focus_log_p.sum(-1, keepdim=True)
+    if not need_grad:
+        return loss, None
+    slope = -weight * slope  # by the lead
+    if not smoothing:
+        return loss, e.mul_(-slope).scatter_(-1, y, slope)
+    by_log_p = focus_log_p.mul_(-gamma_neg).sub_(focus).mul_(share)
+    total = by_log_p.sum(-1, keepdim=True)
+    grad = e.mul_(-slope - p_rest * total).add_(by_log_p)
+    return loss, grad.scatter_(-1, y, slope - lead.sigmoid() * total)
