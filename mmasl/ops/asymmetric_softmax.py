@@ -111,25 +111,25 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 def _run_eager(z: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
                ignore_index: int | None, need_grad: bool, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(N, C) logits and (N,) labels; on the CPU over blocks of rows, see :mod:`mmasl.ops.eager`."""
-    rows, classes = z.shape
+    z, (rows, classes), on_cpu = z.detach(), z.shape, z.device.type == 'cpu'
     dtype = torch.promote_types(z.dtype, torch.float32)
     grad = z.new_empty(z.shape, dtype=grad_dtype) if need_grad else None
-    losses = []
-    step = max(eager.BLOCK // classes, 1) if z.device.type == 'cpu' else max(rows, 1)
-    for start in range(0, rows, step):
-        block = slice(start, start + step)
+
+    def run_block(block: slice) -> Tensor:
         y = labels[block].long().unsqueeze(-1)
         ignored = None if ignore_index is None else y == ignore_index
         y = y if ignored is None else y.masked_fill(ignored, 0)
         known = eager.in_range(y, classes - 1, 'label', f'0 to {classes - 1}' + (
-            '' if ignore_index is None else f', {ignore_index} to ignore'), start)
+            '' if ignore_index is None else f', {ignore_index} to ignore'), block.start)
         # An unchecked label out of range carries its NaN into the sample.
-        loss, block_grad = _block(z[block].to(dtype), y.clamp(0, classes - 1), 0. * known.to(dtype), gamma_pos, gamma_neg,
-                                  smoothing, need_grad)
-        losses.append(loss if ignored is None else loss.masked_fill_(ignored, 0))
+        loss, block_grad = _block(z[block].to(dtype), y.clamp(0, classes - 1), 0. * known.to(dtype), gamma_pos,
+                                  gamma_neg, smoothing, need_grad)
         if need_grad:
             grad[block] = block_grad if ignored is None else block_grad.masked_fill_(ignored, 0)
-    return torch.cat(losses).squeeze(-1) if losses else z.new_empty(0, dtype=dtype), grad
+        return (loss if ignored is None else loss.masked_fill_(ignored, 0)).squeeze(-1)
+
+    losses = list(eager.over_blocks(run_block, rows, classes, on_cpu))
+    return torch.cat(losses) if losses else z.new_empty(0, dtype=dtype), grad
 
 
 def _block(z: Tensor, y: Tensor, poison: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,

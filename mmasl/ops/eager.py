@@ -1,13 +1,20 @@
 """The loss and its gradient in eager PyTorch, for the CPU, for float64, and for accelerators without Triton.
 
-On the CPU it goes over blocks of rows, small enough that what is computed in between stays in the cache; that is several
-times faster than whole tensors (docs/speed.md). Elsewhere there is one block and nothing waits for a value.
+On the CPU it goes over blocks of rows, small enough that what is computed in between stays in the cache, and that
+PyTorch runs each operation in one thread; the blocks are shared among as many threads as PyTorch would use. That is
+several times faster than whole tensors (docs/speed.md), whose threads wait for each other after every operation.
+Elsewhere there is one block and nothing waits for a value.
 """
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 2**17  # elements; the fastest of 2^14 to 2^20 with two threads
+BLOCK = 2**15 - 1  # elements; from 2^15 on PyTorch splits an operation between threads
 
 
 def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor | None, gamma_pos: Tensor,
@@ -20,7 +27,8 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
     """
     dtype, classes, on_cpu = gamma_neg.dtype, logits.shape[-1] if logits.dim() else 1, logits.device.type == 'cpu'
     dense = quality is None and target.shape == logits.shape
-    z = logits.reshape(-1, classes) if logits.numel() else logits.new_empty(0, max(classes, 1))
+    # Other threads know nothing of autograd's state in this one.
+    z = logits.detach().reshape(-1, classes) if logits.numel() else logits.new_empty(0, max(classes, 1))
     rows = len(z)
     target = target.reshape(z.shape) if dense else target.reshape(rows, 1)
     quality = None if quality is None else quality.reshape(rows, 1)
@@ -31,41 +39,58 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
         gamma_pos, gamma_neg, clip = (x if x.dim() else x.item() for x in (gamma_pos, gamma_neg, clip))
         factor = factor if factor.dim() else factor.item()
 
-    losses = []
     grad = z.new_empty(z.shape) if need_grad else None
-    sums = torch.zeros(4, classes, dtype=dtype, device=z.device) if need_sums else None
-    step = max(BLOCK // max(classes, 1), 1) if on_cpu else max(rows, 1)
-    for start in range(0, rows, step):
-        block = slice(start, start + step)
+
+    def run_block(block: slice) -> tuple[Tensor | None, Tensor | None]:
         z_b = z[block].to(dtype).contiguous()
         out = grad[block] if need_grad and grad.dtype == dtype else None
         neg_loss, neg_grad, p = negative_part(z_b, gamma_neg, clip, detach_focusing, need_grad, out)
-        labels = _Dense(target[block], ignore_index, start, dtype) if dense else _Labels(
-            target[block], None if quality is None else quality[block], classes, ignore_index, start, dtype)
+        labels = _Dense(target[block], ignore_index, block.start, dtype) if dense else _Labels(
+            target[block], None if quality is None else quality[block], classes, ignore_index, block.start, dtype)
         pos_loss, pos_grad, _ = negative_part(-labels.positives(z_b), labels.parameter(gamma_pos), 0., detach_focusing,
                                               need_grad)
         w = None if weight is None else weight[block]
-        if need_sums:
-            sums += _probability_sums(p, labels, w)
-        if need_loss:
-            loss = labels.mix(neg_loss, pos_loss, alpha, w)
-            losses.append(loss if reduction == 'none' else loss.sum() if reduction == 'sum' else loss.sum(1))
         if need_grad:
             block_grad = labels.mix(neg_grad, pos_grad.neg_(), alpha, w)
             if isinstance(factor, Tensor) or factor != 1:
                 block_grad *= factor[block] if isinstance(factor, Tensor) and factor.dim() else factor
             if block_grad is not out:
                 grad[block] = saturate(block_grad, logits.dtype)
+        sums = _probability_sums(p, labels, w) if need_sums else None
+        if not need_loss:
+            return None, sums
+        loss = labels.mix(neg_loss, pos_loss, alpha, w)
+        return loss if reduction == 'none' else loss.sum() if reduction == 'sum' else loss.sum(1), sums
 
-    loss = None
+    losses, sums = [], torch.zeros(4, classes, dtype=dtype, device=z.device) if need_sums else None
+    for block_loss, block_sums in over_blocks(run_block, rows, classes, on_cpu):
+        losses.append(block_loss)
+        if need_sums:
+            sums += block_sums
     if need_loss:
         if reduction == 'sum':
             loss = torch.stack(losses).sum() if losses else torch.zeros((), dtype=dtype, device=z.device)
         else:
-            loss = losses[0] if len(losses) == 1 else torch.cat(losses) if losses else z.new_empty(0, dtype=dtype)
+            loss = torch.cat(losses) if losses else z.new_empty(0, dtype=dtype)
             loss = loss.reshape(logits.shape[:-1] if reduction == 'rows' else logits.shape)
         loss *= scale
-    return loss, None if grad is None else grad.reshape(logits.shape), sums
+    return loss if need_loss else None, grad.reshape(logits.shape) if need_grad else None, sums
+
+
+def over_blocks(run_block: Callable[[slice], object], rows: int, classes: int, on_cpu: bool) -> Iterable[object]:
+    """What ``run_block`` returns for each block of rows, in their order; without gradients."""
+    step = max(BLOCK // max(classes, 1) if on_cpu else rows, 1)
+    blocks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    threads = torch.get_num_threads()
+    if len(blocks) <= 1 or threads == 1:
+        return map(run_block, blocks)
+    return _pool(threads, os.getpid()).map(torch.no_grad()(run_block), blocks)
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
+    """By process, because threads do not survive a fork."""
+    return ThreadPoolExecutor(threads)
 
 
 def negative_part(z: Tensor, gamma: float | Tensor, clip: float | Tensor, detach_focusing: bool, need_grad: bool,
