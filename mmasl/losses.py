@@ -51,7 +51,7 @@ class AsymmetricLoss(nn.Module):
         loss_weight: Factor of the result.
         ignore_index: Target value of elements, or label of rows, to leave out.
         activated: The predictions are probabilities, as TOOD gives them, and not logits.
-        implementation: 'triton', 'eager', or None for the faster one that can run: see docs/speed.md.
+        implementation: 'triton', 'inductor', 'eager', or None for the fastest that can run: see docs/speed.md.
 
     Raises:
         ValueError: A parameter is out of its range; the message names it.

@@ -28,7 +28,7 @@ class AsymmetricSoftmaxLoss(nn.Module):
             are not ignored; 'sum' leaves ``avg_factor`` aside.
         loss_weight: Factor of the result.
         ignore_index: Label of samples to leave out.
-        implementation: 'triton', 'eager', or None for the faster one that can run.
+        implementation: 'triton', 'inductor', 'eager', or None for the fastest that can run.
 
     Raises:
         ValueError: A parameter is out of its range; the message names it.

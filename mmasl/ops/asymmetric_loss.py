@@ -6,8 +6,8 @@ With p = sigmoid(z), q = 1 - p, p_m = max(p - m, 0), g+ and g- the focusing para
     -L- = p_m^g- * -log(1 - p_m)          d(-L-)/dz =  p_m^g- * p * q * (1 / (1 - p_m) + g- * -log(1 - p_m) / p_m)
 
 The terms with g+ and g- as factors are the gradient through the focusing weight; they vanish when it is held constant.
-Here are the arguments, their checks and autograd; the arithmetic is in :mod:`mmasl.ops.eager` and
-:mod:`mmasl.ops.fused`.
+Here are the arguments, their checks and autograd; the arithmetic is in :mod:`mmasl.ops.eager`, and for speed again in
+:mod:`mmasl.ops.fused` (GPU) and :mod:`mmasl.ops.compiled` (CPU).
 """
 from typing import Optional
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import eager
+from . import compiled, eager
 
 try:
     from . import fused
@@ -26,7 +26,7 @@ Parameter = float | Tensor
 # Not in torch 2.4 and 2.5: there the gradient is never scaled in place.
 _graph_is_kept = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', lambda: True)
 REDUCTIONS = ('none', 'rows', 'sum')
-IMPLEMENTATIONS = ('triton', 'eager')
+IMPLEMENTATIONS = ('triton', 'inductor', 'eager')
 
 
 def asymmetric_loss(logits: Tensor,
@@ -72,7 +72,8 @@ def asymmetric_loss(logits: Tensor,
             same in each run.
         scale: Factor of the result, a number or a tensor of shape (). A factor given here costs nothing, one that
             multiplies the result afterwards costs a pass over the gradient.
-        implementation: 'triton' (one kernel; CUDA, not float64), 'eager', or None for the faster one that can run.
+        implementation: 'triton' (one kernel; CUDA, not float64), 'inductor' (compiled; CPU), 'eager', or None for the
+            fastest that can run: 'inductor' only for a million logits or more.
 
     Returns:
         Loss of the logits' shape, of that without C ('rows') or of shape () ('sum'), in float64 for float64 logits and
@@ -110,15 +111,27 @@ def asymmetric_loss(logits: Tensor,
 
 
 def _pick(implementation: str | None, logits: Tensor) -> str:
-    """The implementation to run: Triton's where it can, unless another is asked for."""
-    obstacle = 'it takes Triton, which is not installed' if fused is None else fused.obstacle(logits)
-    if implementation is None:
-        return 'triton' if logits.is_cuda and not obstacle else 'eager'
-    if implementation not in IMPLEMENTATIONS:
+    """The implementation to run, which is the fastest that can unless another is asked for."""
+    if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f'implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None')
-    if implementation == 'triton' and obstacle:
-        raise RuntimeError(f"implementation='triton' cannot run: {obstacle}. Use 'eager', or None to have it chosen")
+    on_cpu = logits.device.type == 'cpu'
+    if implementation is None:
+        if logits.is_cuda and fused is not None and not fused.obstacle(logits):
+            return 'triton'
+        return 'inductor' if on_cpu and logits.numel() >= compiled.LARGE and not compiled.obstacle() else 'eager'
+    obstacle = ''
+    if implementation == 'triton':
+        obstacle = 'it takes Triton, which is not installed' if fused is None else fused.obstacle(logits)
+    elif implementation == 'inductor':
+        obstacle = compiled.obstacle() if on_cpu else f'it is for the CPU, and the logits are on {logits.device}'
+    if obstacle:
+        raise RuntimeError(f'implementation={implementation!r} cannot run: {obstacle}. Leave it at None to have one '
+                           'chosen that can')
     return implementation
+
+
+def _run(implementation: str):
+    return {'triton': fused, 'inductor': compiled, 'eager': eager}[implementation].run
 
 
 @torch.library.custom_op('mmasl::asymmetric_loss', mutates_args=())
@@ -127,8 +140,8 @@ def _forward(logits: Tensor, target: Tensor, quality: Optional[Tensor], weight: 
              ignore_index: Optional[int], reduction: str, implementation: str, need_grad: bool,
              need_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, its gradient if it is to be kept, and the probability sums; empty tensors for what is not needed."""
-    run = fused.run if implementation == 'triton' else eager.run
-    outputs = run(logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing,
+    outputs = _run(implementation)(
+        logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing,
                   ignore_index, reduction, need_loss=True, need_grad=need_grad and _keeps_gradient(logits, reduction),
                   need_sums=need_sums, upstream=None)
     return tuple(logits.new_empty(0) if x is None else x for x in outputs)
@@ -149,9 +162,9 @@ def _gradient(upstream: Tensor, logits: Tensor, target: Tensor, quality: Optiona
               gamma_pos: Tensor, gamma_neg: Tensor, clip: Tensor, scale: Tensor, alpha: Optional[float],
               detach_focusing: bool, ignore_index: Optional[int], reduction: str, implementation: str) -> Tensor:
     """Gradient by the logits, multiplied by the loss's ``upstream`` before it is rounded to the logits' dtype."""
-    run = fused.run if implementation == 'triton' else eager.run
-    return run(logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing,
-               ignore_index, reduction, need_loss=False, need_grad=True, need_sums=False, upstream=upstream)[1]
+    return _run(implementation)(
+        logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing, ignore_index,
+        reduction, need_loss=False, need_grad=True, need_sums=False, upstream=upstream)[1]
 
 
 @_gradient.register_fake

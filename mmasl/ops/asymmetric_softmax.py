@@ -1,7 +1,10 @@
 """Asymmetric focusing over a softmax, for one label a sample: in the authors' code, but not in the paper."""
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Optional
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -42,7 +45,7 @@ def asymmetric_softmax_loss(logits: Tensor,
         gamma_neg: Focusing parameter g- >= 0 of the other classes.
         smoothing: Share s in [0, 1) of the target that is spread evenly over all classes.
         ignore_index: Label of samples that have no loss and no gradient.
-        implementation: 'triton' (CUDA, not float64), 'eager', or None for the faster one that can run.
+        implementation: 'triton', 'inductor', 'eager' or None, see :func:`mmasl.ops.asymmetric_loss`.
 
     Returns:
         Loss (...), in float64 for float64 logits and in float32 otherwise. The gradient is computed with it, and kept
@@ -74,7 +77,7 @@ def asymmetric_softmax_loss(logits: Tensor,
 def _forward(logits: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
              ignore_index: Optional[int], implementation: str, need_grad: bool) -> tuple[Tensor, Tensor]:
     """Loss of each sample, and the gradient of their sum or an empty tensor."""
-    run = fused_softmax.run if implementation == 'triton' else _run_eager
+    run = {'triton': fused_softmax and fused_softmax.run, 'inductor': _run_compiled, 'eager': _run_eager}[implementation]
     z, y = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     loss, grad = run(z, y, gamma_pos, gamma_neg, smoothing, ignore_index, need_grad, _kept_dtype(logits))
     return loss.reshape(labels.shape), logits.new_empty(0) if grad is None else grad.reshape(logits.shape)
@@ -109,57 +112,68 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _run_eager(z: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
-               ignore_index: int | None, need_grad: bool, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+               ignore_index: int | None, need_grad: bool, grad_dtype: torch.dtype,
+               compute: Callable | None = None) -> tuple[Tensor, Tensor | None]:
     """(N, C) logits and (N,) labels; on the CPU over blocks of rows, see :mod:`mmasl.ops.eager`."""
-    z, (rows, classes), on_cpu = z.detach(), z.shape, z.device.type == 'cpu'
+    z, (rows, classes) = z.detach(), z.shape
     dtype = torch.promote_types(z.dtype, torch.float32)
     grad = z.new_empty(z.shape, dtype=grad_dtype) if need_grad else None
-
-    def run_block(block: slice) -> Tensor:
+    losses = []
+    for block in eager.blocks(rows, classes, z.device.type == 'cpu' and compute is None):
         y = labels[block].long().unsqueeze(-1)
         ignored = None if ignore_index is None else y == ignore_index
         y = y if ignored is None else y.masked_fill(ignored, 0)
         known = eager.in_range(y, classes - 1, 'label', f'0 to {classes - 1}' + (
             '' if ignore_index is None else f', {ignore_index} to ignore'), block.start)
         # An unchecked label out of range carries its NaN into the sample.
-        loss, block_grad = _block(z[block].to(dtype), y.clamp(0, classes - 1), 0. * known.to(dtype), gamma_pos,
-                                  gamma_neg, smoothing, need_grad)
+        loss, block_grad = (compute or _block)(z[block].to(dtype), y.clamp(0, classes - 1), 0. * known.to(dtype),
+                                               gamma_pos, gamma_neg, smoothing, need_grad)
+        losses.append(loss if ignored is None else loss.masked_fill_(ignored, 0))
         if need_grad:
-            grad[block] = block_grad if ignored is None else block_grad.masked_fill_(ignored, 0)
-        return (loss if ignored is None else loss.masked_fill_(ignored, 0)).squeeze(-1)
+            block_grad = block_grad if ignored is None else block_grad.masked_fill_(ignored, 0)
+            if len(block_grad) == rows and grad_dtype == dtype:
+                grad = block_grad
+            else:
+                grad[block] = block_grad
+    return torch.cat(losses).squeeze(-1) if losses else z.new_empty(0, dtype=dtype), grad
 
-    losses = list(eager.over_blocks(run_block, rows, classes, on_cpu))
-    return torch.cat(losses) if losses else z.new_empty(0, dtype=dtype), grad
+
+def _run_compiled(*args) -> tuple[Tensor, Tensor | None]:
+    return _run_eager(*args, compute=_compile())
+
+
+@lru_cache
+def _compile() -> Callable:
+    print_log("the softmax form of the loss is compiled on the CPU, once: half a minute (implementation='eager' does "
+              'without)', 'current')
+    return torch.compile(_block, dynamic=True)
 
 
 def _block(z: Tensor, y: Tensor, poison: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
            need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Loss (N, 1) and its gradient (N, C) for labels y (N, 1)."""
-    share = smoothing / z.shape[-1]
-    # p_y is the sigmoid of the label's lead over all others together, which keeps 1 - p_y exact where p_y rounds to 1.
-    z_y = z.gather(-1, y)
-    others = z.scatter(-1, y, -torch.inf)
+    share, lowest = smoothing / z.shape[-1], torch.finfo(z.dtype).min
+    is_label = torch.arange(z.shape[-1], device=z.device) == y
+    others = torch.where(is_label, -torch.inf, z)
     top = others.amax(-1, keepdim=True)
-    lowest = torch.finfo(z.dtype).min  # finite, for the products with probabilities of 0
-    others.sub_(top).clamp_(min=lowest)
-    e = others.exp()
-    log_sum = e.sum(-1, keepdim=True).log_()
-    lead = z_y - top - log_sum
-    loss, slope, p_rest = eager.negative_part(-lead, gamma_pos, 0., False, need_grad)  # of the label; p_rest = 1 - p_y
+    others = (others - top).clamp(min=lowest)  # finite, for the products with probabilities of 0
+    e = torch.where(is_label, 0., others.exp())
+    log_sum = e.sum(-1, keepdim=True).log()
+    # p_y is the sigmoid of the label's lead over all others together, which keeps 1 - p_y exact where p_y rounds to 1.
+    lead = z.gather(-1, y) - top - log_sum
+    loss, slope, p_rest = eager.negative_part(-lead, gamma_pos, 0., False, True)  # of the label; p_rest = 1 - p_y
     weight = 1 - smoothing + share + poison
-    loss *= weight
-    e *= torch.exp(-log_sum)  # the others' softmax among themselves
+    loss, slope = weight * loss, -weight * slope  # slope by the lead
+    total = by_log_p = torch.zeros_like(loss)
     if smoothing:
-        log_p = others.sub_(log_sum - torch.nn.functional.logsigmoid(-lead)).clamp_(min=lowest).scatter_(-1, y, 0)
-        focus = (log_p * gamma_neg).exp_().scatter_(-1, y, 0)
-        focus_log_p = log_p.mul_(focus)
-        loss -= share * focus_log_p.sum(-1, keepdim=True)
+        log_p = (others - (log_sum - torch.nn.functional.logsigmoid(-lead))).clamp(min=lowest)
+        focus = torch.where(is_label, 0., (log_p * gamma_neg).exp())
+        focus_log_p = focus * log_p
+        loss = loss - share * focus_log_p.sum(-1, keepdim=True)
+        by_log_p = (focus_log_p * -gamma_neg - focus) * share
+        total = by_log_p.sum(-1, keepdim=True)
     if not need_grad:
         return loss, None
-    slope = -weight * slope  # by the lead
-    if not smoothing:
-        return loss, e.mul_(-slope).scatter_(-1, y, slope)
-    by_log_p = focus_log_p.mul_(-gamma_neg).sub_(focus).mul_(share)
-    total = by_log_p.sum(-1, keepdim=True)
-    grad = e.mul_(-slope - p_rest * total).add_(by_log_p)
-    return loss, grad.scatter_(-1, y, slope - lead.sigmoid() * total)
+    # e / exp(log_sum) is the others' softmax among themselves.
+    grad = e * (torch.exp(-log_sum) * (-slope - p_rest * total)) + by_log_p
+    return loss, torch.where(is_label, slope - lead.sigmoid() * total, grad)

@@ -1,20 +1,13 @@
 """The loss and its gradient in eager PyTorch, for the CPU, for float64, and for accelerators without Triton.
 
-On the CPU it goes over blocks of rows, small enough that what is computed in between stays in the cache, and that
-PyTorch runs each operation in one thread; the blocks are shared among as many threads as PyTorch would use. That is
-several times faster than whole tensors (docs/speed.md), whose threads wait for each other after every operation.
-Elsewhere there is one block and nothing waits for a value.
+On the CPU it goes over blocks of rows, small enough that what is computed in between stays in the cache. Elsewhere there
+is one block, and nothing waits for a value.
 """
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 2**15 - 1  # elements; from 2^15 on PyTorch splits an operation between threads
+BLOCK = 2**17  # elements
 
 
 def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor | None, gamma_pos: Tensor,
@@ -27,7 +20,6 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
     """
     dtype, classes, on_cpu = gamma_neg.dtype, logits.shape[-1] if logits.dim() else 1, logits.device.type == 'cpu'
     dense = quality is None and target.shape == logits.shape
-    # Other threads know nothing of autograd's state in this one.
     z = logits.detach().reshape(-1, classes) if logits.numel() else logits.new_empty(0, max(classes, 1))
     rows = len(z)
     target = target.reshape(z.shape) if dense else target.reshape(rows, 1)
@@ -63,7 +55,7 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
         return loss if reduction == 'none' else loss.sum() if reduction == 'sum' else loss.sum(1), sums
 
     losses, sums = [], torch.zeros(4, classes, dtype=dtype, device=z.device) if need_sums else None
-    for block_loss, block_sums in over_blocks(run_block, rows, classes, on_cpu):
+    for block_loss, block_sums in map(run_block, blocks(rows, classes, on_cpu)):
         losses.append(block_loss)
         if need_sums:
             sums += block_sums
@@ -77,20 +69,10 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
     return loss if need_loss else None, grad.reshape(logits.shape) if need_grad else None, sums
 
 
-def over_blocks(run_block: Callable[[slice], object], rows: int, classes: int, on_cpu: bool) -> Iterable[object]:
-    """What ``run_block`` returns for each block of rows, in their order; without gradients."""
+def blocks(rows: int, classes: int, on_cpu: bool) -> list[slice]:
+    """Blocks of rows; all at once where a cache is none of ours."""
     step = max(BLOCK // max(classes, 1) if on_cpu else rows, 1)
-    blocks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    threads = torch.get_num_threads()
-    if len(blocks) <= 1 or threads == 1:
-        return map(run_block, blocks)
-    return _pool(threads, os.getpid()).map(torch.no_grad()(run_block), blocks)
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
-    """By process, because threads do not survive a fork."""
-    return ThreadPoolExecutor(threads)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def negative_part(z: Tensor, gamma: float | Tensor, clip: float | Tensor, detach_focusing: bool, need_grad: bool,

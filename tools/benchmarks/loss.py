@@ -76,7 +76,7 @@ def peers(form: str, classes: int, device: str) -> dict[tuple[str, str], Callabl
 
     if form == 'softmax':
         from timm.loss import AsymmetricLossSingleLabel
-        timm = AsymmetricLossSingleLabel(4, 1, eps=0.1, reduction='sum')
+        timm = AsymmetricLossSingleLabel(gamma_pos=1, gamma_neg=4, eps=0.1)
         compiled = torch.compile(naive_softmax)
         return {
             (OURS, 'asl'): AsymmetricSoftmaxLoss(**SOFTMAX, reduction='sum').to(device),
