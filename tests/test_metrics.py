@@ -1,5 +1,6 @@
 """The metrics against their definitions, scikit-learn, torchmetrics and mmpretrain, and where those differ."""
 import doctest
+import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -12,8 +13,8 @@ from mmengine.registry import DefaultScope
 
 import mmasl.metrics
 from mmasl.metrics import (CHOICES, PRESETS, Conventions, MultiLabelReport, average_precision, count_labels,
-                           expected_calibration_error, multilabel_report, precision_recall_f1, predicted_labels,
-                           probability_gap, reliability)
+                           expected_calibration_error, multilabel_report, pack, precision_recall_f1, predicted_labels,
+                           probability_gap, reliability, unpack)
 
 SHAPES = [(7, 2), (40, 5), (333, 20)]
 COUNTS = ('CP', 'CR', 'CF1', 'OP', 'OR', 'OF1')
@@ -461,6 +462,7 @@ def test_refuses_missing_fields_and_other_lengths():
     (dict(cf1='macro'), "cf1='macro' is unknown; valid: 'harmonic', 'mean'"),
     (dict(thr=0.5), "argument='thr' is unknown; valid: 'ap_mode', 'threshold'"),
     (dict(threshold=50), 'threshold=50 is not a probability'),
+    (dict(score_dtype='bfloat16'), "score_dtype='bfloat16' is unknown; valid: 'float32', 'float16'"),
     (dict(topk=0), 'topk=0 is not a positive integer'),
     (dict(ignore_index=0), 'ignore_index=0 is itself a label'),
 ])
@@ -479,8 +481,172 @@ def test_functions_refuse_bad_arguments():
         multilabel_report(scores, labels[:, 1:])
     with pytest.raises(ValueError, match=r'calibrated scores \(60, 5\) and scores \(60, 6\)'):
         multilabel_report(scores, labels, calibrated=scores[:, 1:])
+    with pytest.raises(ValueError, match=r'calibrated scores reach from -1.\d+ to .*: probabilities lie in \[0, 1\]'):
+        multilabel_report(scores, labels, calibrated=scores - 2)
+    with pytest.raises(ValueError, match='scores reach from nan to nan'):
+        multilabel_report(scores * np.float32('nan'), labels)
+    with pytest.raises(ValueError, match='labels hold 2: positive, negative and ignored are 1, 0 and -1'):
+        multilabel_report(scores, 2 * labels)
     with pytest.raises(ValueError, match='bins=0 is not a positive integer'):
         expected_calibration_error(scores, labels, 0)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
+def test_pack_keeps_and_orders(dtype):
+    bits = np.arange(0x3C01, dtype=np.uint16).view(np.float16)  # all probabilities of float16
+    tiny = np.finfo(dtype).smallest_subnormal
+    scores = np.unique(np.concatenate([bits.astype(dtype), np.array([tiny, 1 - np.finfo(dtype).epsneg], dtype)]))
+    codes = np.concatenate([pack(scores, np.full(scores.shape, y, np.int8)) for y in (-1, 0, 1)])
+    assert codes.itemsize == scores.itemsize and (codes[1:] > codes[:-1]).all()
+    got, labels = unpack(codes)
+    assert got.dtype == dtype and labels.dtype == np.int8
+    np.testing.assert_array_equal(got, np.tile(scores, 3))
+    np.testing.assert_array_equal(labels, np.repeat([-1, 0, 1], scores.size))
+    assert pack(np.array([-0.], dtype), np.array([1])) == pack(np.array([0.], dtype), np.array([1]))
+
+
+def report_by_definition(scores, labels, decisive, c):
+    """Every figure of the report, sample by sample and class by class; c.empty must be 'zero' or 'skip'."""
+    pairs = [list(zip(*columns)) for columns in zip(*(x.T.tolist() for x in (scores, decisive, labels)))]
+    threshold = float(decisive.dtype.type(c.threshold))
+    used = [x for x in range(len(pairs)) if c.empty == 'zero' or (labels[:, x] == 1).any()]
+    ap = [ap_by_definition(scores[:, x], labels[:, x], c.ap_mode) if (labels[:, x] == 1).any() else 0. for x in used]
+    report = dict(mAP=100 * np.mean(ap))
+    better = (scores[:, :, None] < scores[:, None]).sum(2)
+    for suffix, best in (('', None), (f'_top{c.topk}', better < c.topk)):
+        counts = []
+        for x, column in enumerate(pairs):
+            chosen = [y for i, (_, d, y) in enumerate(column) if (best is None or best[i, x])
+                      and (best is not None and not c.topk_above_threshold or d > threshold
+                           or c.inclusive and d == threshold) and (y >= 0 or c.ignored == 'negative')]
+            counts.append((chosen.count(1), len(chosen), [y for *_, y in column].count(1)))
+        ratio = [(tp / n if n else 0., tp / p if p else 0., 2 * tp / (n + p) if n + p else 0.) for tp, n, p in counts]
+        cp, cr, mean_f1 = np.mean([ratio[x] for x in used], 0)
+        tp, n, p = np.sum(counts, 0)
+        harmonic = 2 * cp * cr / (cp + cr) if cp + cr else 0.
+        cf1 = mean_f1 if c.cf1 == 'mean' else harmonic
+        values = cp, cr, cf1, tp / max(n, 1), tp / max(p, 1), 2 * tp / max(n + p, 1)
+        report |= {name + suffix: 100 * value for name, value in zip(COUNTS, values)}
+    gap = [np.mean(scores[labels == y], dtype=np.float64) if (labels == y).any() else np.nan for y in (1, 0)]
+    report |= dict(p_t_pos=gap[0], p_t_neg=1 - gap[1], gap=gap[0] - 1 + gap[1])
+    known = (labels >= 0).any()
+    ends = [k / 15 for k in range(15)]
+    return report | dict(ECE=calibration_error_by_definition(decisive, labels, ends) if known else np.nan)
+
+
+@pytest.fixture(params=[(1, 1), (3, 2)], ids=['one_thread', 'blocks_and_threads'])
+def blocks(request, monkeypatch):
+    threads, divisor = request.param
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(mmasl.metrics, 'BLOCK', 2**24 if divisor == 1 else 100)
+    yield
+    torch.set_num_threads(before)
+
+
+REPORT_CASES = [
+    ((40, 9), dict()), ((40, 9), dict(ap_mode='voc2010', empty='skip')),
+    ((40, 9), dict(inclusive=True, cf1='mean', topk_above_threshold=False)), ((40, 9), dict(ignored='negative')),
+    ((40, 9), dict(ignored='negative', topk=1, threshold=0.2, inclusive=True)), ((1, 9), dict(topk=2)),
+    ((40, 1), dict(ap_mode='voc2007')), ((1, 1), dict())]
+
+
+@pytest.mark.parametrize('score_dtype', ['float32', 'float16'])
+@pytest.mark.parametrize('calibrated', [False, True], ids=['plain', 'calibrated'])
+@pytest.mark.parametrize('shape, conventions', REPORT_CASES, ids=range(len(REPORT_CASES)))
+def test_report_by_definition(shape, conventions, calibrated, score_dtype, blocks):
+    scores, labels = make_data(18, *(max(n, 2) for n in shape), ignored=0.2, levels=20)
+    scores, labels = scores[:shape[0], :shape[1]], labels[:shape[0], :shape[1]]
+    labels[1:, 4:5] = 0
+    labels[:, 5:6], labels[:, 6:7] = 0, -1
+    # a second score which is no function of the first, as that of per-class parameters
+    other = np.clip(scores**2 + np.linspace(0, 0.3, shape[1], dtype=np.float32), 0, 1)
+    samples = [dict(sample, calibrated_score=o) for sample, o in zip(make_samples(scores, labels), other)]
+    metric = MultiLabelReport(calibrated=calibrated, score_dtype=score_dtype, **dict(empty='zero') | conventions)
+    for start in range(0, len(samples), 16):
+        metric.process(None, samples[start:start + 16])
+    assert {x.dtype.itemsize for x in metric.results} == {np.dtype(score_dtype).itemsize}
+    got = {name.split('/')[1]: value for name, value in metric.evaluate(len(samples)).items()}
+    scores, other = scores.astype(score_dtype), other.astype(score_dtype)
+    expected = report_by_definition(scores, labels, other if calibrated else scores, metric.conventions)
+    assert got.keys() == expected.keys()
+    assert got == pytest.approx(expected, rel=1e-9, nan_ok=True)
+    direct, _ = multilabel_report(scores, labels, metric.conventions, calibrated=other if calibrated else None)
+    np.testing.assert_equal(direct, got)
+
+
+def test_float16_rounds_the_threshold_too():
+    # 0.8 rounds down: in float16 it must not fall below its own threshold
+    args = np.full((4, 1), 0.8, np.float32), np.ones((4, 1), np.int8)
+    for inclusive in (False, True):
+        metric = MultiLabelReport(threshold=0.8, inclusive=inclusive, score_dtype='float16')
+        assert evaluate(metric, *args)['OR'] == (100 if inclusive else 0)
+
+
+@pytest.mark.parametrize('score_dtype', ['float32', 'float16'])
+def test_order_and_parts_of_the_samples_do_not_matter(score_dtype, monkeypatch):
+    samples = make_samples(*make_data(19, 90, 11, ignored=0.3, levels=30))
+    reports = []
+    orders = ([samples], 2**24), ([samples[1::2], samples[::2]], 2**24), ([samples[50:], samples[:50]], 200)
+    for parts, block in orders:
+        monkeypatch.setattr(mmasl.metrics, 'BLOCK', block)
+        gathered = []
+        for part in parts:
+            metric = MultiLabelReport(score_dtype=score_dtype)
+            metric.process(None, part)
+            gathered += metric.results
+        reports.append(metric.compute_metrics(gathered))
+    assert reports[0] == reports[1] == reports[2]
+
+
+def test_memory_beside_the_samples_is_that_of_blocks(monkeypatch):
+    monkeypatch.setattr(mmasl.metrics, 'BLOCK', 2**16)
+    scores, labels = make_data(20, 2000, 700, ignored=0.5)
+    metric = MultiLabelReport(score_dtype='float16')
+    for start in range(0, 2000, 100):
+        metric.process(None, [dict(pred_score=s, gt_score=y) for s, y in zip(scores[start:start + 100],
+                                                                             labels[start:start + 100])])
+    kept = sum(x.nbytes for x in metric.results)
+    assert kept == 2 * scores.size and len(metric.results) == 2000
+    tracemalloc.start()
+    metric.compute_metrics(metric.results)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < kept / 2
+
+
+def test_samples_are_moved_into_slabs_in_their_order(monkeypatch):
+    samples = make_samples(*make_data(23, 26, 4, ignored=0.2))
+    loose, moved = MultiLabelReport(score_dtype='float16'), MultiLabelReport(score_dtype='float16')
+    loose.process(None, samples)
+    monkeypatch.setattr(mmasl.metrics, 'SLAB', 7 * 4 * 2 + 1)
+    for size, start in ((5, 0), (5, 5), (16, 10)):
+        moved.process(None, samples[start:start + size])
+    np.testing.assert_array_equal(loose.results, moved.results)
+    assert [moved.results[i].base.shape[0] for i in (0, 6, 7, 20, 21, 25)] == [7, 7, 14, 14, 16, 16]
+
+
+def test_samples_with_classes_and_with_scores_in_one_batch():
+    scores, labels = make_data(21, 20, 6)
+    expected = evaluate(MultiLabelReport(), scores, labels)
+    samples = make_samples(scores, labels)
+    for sample in samples[1::3]:
+        sample['gt_label'] = sample.pop('gt_score').nonzero()[:, 0]
+    samples[2]['gt_label'] = samples[2].pop('gt_score').nonzero()[:, 0].tolist()
+    metric = MultiLabelReport()
+    metric.process(None, samples)
+    assert {k.split('/')[1]: v for k, v in metric.evaluate(20).items()} == expected
+
+
+def test_report_of_integers_and_doubles():
+    scores, labels = make_data(22, 40, 5)
+    binary = (scores > 0.5).astype(int)
+    expected, _ = multilabel_report(binary.astype(np.float32), labels)
+    assert multilabel_report(binary, labels)[0] == pytest.approx(expected)
+    # apart in float64 only
+    close = 0.5 + 1e-12 * np.arange(40)[:, None]
+    _, ap = multilabel_report(close, (np.arange(40) >= 20)[:, None].astype(np.int8))
+    assert ap == 100 and multilabel_report(close, labels[:, :1])[0]['OP'] > 0
 
 
 def evaluate_on_rank(rank, folder):

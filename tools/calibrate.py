@@ -94,7 +94,7 @@ def predict(cfg: Config, amp: bool = False) -> Predictions:
             logits.append(model(data['inputs'], mode='tensor').float().cpu())
         labels.process(None, [dict(sample.to_dict(), pred_score=z.sigmoid())
                               for sample, z in zip(data['data_samples'], logits[-1])])
-    return Predictions(torch.cat(logits), torch.from_numpy(np.stack([row[0] for row in labels.results])), loss.cpu())
+    return Predictions(torch.cat(logits), torch.from_numpy(unpack(np.concatenate(labels.results))[1]), loss.cpu())
 
 
 def synthesize(seed: int, images: int = 20000, classes: int = 10, steps: int = 2000, **loss) -> Predictions:
