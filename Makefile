@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 export VENV
 
-.PHONY: setup demo test test-slow
+.PHONY: setup demo test test-slow benchmark
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py constraints.txt tools/setup_env.sh
@@ -18,3 +18,7 @@ test: setup
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow
+
+# Half an hour on 2 cores; MMASL_FULL=1 adds annotations of Open Images' full size.
+benchmark: setup
+	$(PY) tools/benchmark.py

@@ -14,7 +14,7 @@ from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 # A detector's loss must not need MMPretrain.
-HEADS = [f'mmasl.heads.{name}' for name in ('multi_label', 'ml_decoder', 'query2label', 'label_graph')
+HEADS = ['mmasl.tta', *(f'mmasl.heads.{name}' for name in ('multi_label', 'ml_decoder', 'query2label', 'label_graph'))
          ] if find_spec('mmpretrain') else []
 
 MODELS = Registry(

@@ -14,7 +14,7 @@ from mmasl.runs import write_rows  # noqa: E402
 PARTS = ('loss', 'step', 'linear', 'metrics', 'annotations')
 ORIGIN = ('commit', 'date', 'torch', 'device')
 ROOT = Path(__file__).parents[1]
-DOC = ROOT / 'docs' / 'speed.md'
+DOCS = (ROOT / 'docs' / 'speed.md', ROOT / 'docs' / 'scale.md')
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -29,7 +29,7 @@ def part_module(name: str):
 def table(rows: list[dict[str, str]]) -> str:
     """Rows as Markdown, with what all of them share (device, versions) in one line below."""
     columns = [key for key in rows[0] if key not in ORIGIN and any(row[key] for row in rows)]
-    lines = [' | '.join(column.replace('_', ' ') for column in columns), '|'.join(['---'] * len(columns))]
+    lines = [' | '.join(column.replace('_', ' ') for column in columns), ' | '.join(['---'] * len(columns))]
     lines += [' | '.join(row[column] for column in columns) for row in rows]
     origins = sorted({f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['date']}" for row in rows})
     return '\n'.join(f'| {line} |' for line in lines) + '\n\n' + '; '.join(origins) + '.'
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument('parts', nargs='*', metavar='PART', help=f'what to measure, of {", ".join(PARTS)}; default: all')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--out', type=Path, default=ROOT / 'benchmarks' / 'speed', help='folder of the CSV files')
-    parser.add_argument('--render', action='store_true', help=f'only put the rows there are into {DOC.name}')
+    parser.add_argument('--render', action='store_true', help='only put the rows there are into docs/speed.md and docs/scale.md')
     args = parser.parse_args()
     if unknown := sorted(set(args.parts) - set(PARTS)):
         parser.error(f'no part {", ".join(unknown)}: the parts are {", ".join(PARTS)}')
@@ -88,7 +88,8 @@ def main() -> None:
             print('reached    ' if reached else 'NOT REACHED', f'{words}: {measured}', flush=True)
             if not reached:
                 missed.append(f'{words}: {measured}')
-    DOC.write_text(render(DOC.read_text(), args.out))
+    for doc in DOCS:
+        doc.write_text(render(doc.read_text(), args.out))
     if missed:
         print(f'\n{len(missed)} targets fall short:', *missed, sep='\n  ')
 
