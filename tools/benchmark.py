@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from mmasl.runs import write_rows  # noqa: E402
 
-PARTS = ('loss', 'step', 'linear', 'metrics', 'annotations')
+PARTS = ('loss', 'kernel', 'step', 'linear', 'metrics', 'annotations')
 ORIGIN = ('commit', 'date', 'torch', 'device')
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / 'docs' / 'speed.md', ROOT / 'docs' / 'scale.md')
@@ -66,10 +66,10 @@ def render(doc: str, folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('parts', nargs='*', metavar='PART', help=f'what to measure, of {", ".join(PARTS)}; default: all')
+    parser.add_argument('parts', nargs='*', metavar='PART', help=f'of {", ".join(PARTS)}; default: all')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--out', type=Path, default=ROOT / 'benchmarks' / 'speed', help='folder of the CSV files')
-    parser.add_argument('--render', action='store_true', help='only put the rows there are into docs/speed.md and docs/scale.md')
+    parser.add_argument('--render', action='store_true', help='only put the rows there are into the documents')
     args = parser.parse_args()
     if unknown := sorted(set(args.parts) - set(PARTS)):
         parser.error(f'no part {", ".join(unknown)}: the parts are {", ".join(PARTS)}')

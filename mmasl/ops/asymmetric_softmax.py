@@ -77,9 +77,9 @@ def asymmetric_softmax_loss(logits: Tensor,
 def _forward(logits: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
              ignore_index: Optional[int], implementation: str, need_grad: bool) -> tuple[Tensor, Tensor]:
     """Loss of each sample, and the gradient of their sum or an empty tensor."""
-    run = {'triton': fused_softmax and fused_softmax.run, 'inductor': _run_compiled, 'eager': _run_eager}[implementation]
+    runs = dict(triton=fused_softmax and fused_softmax.run, inductor=_run_compiled, eager=_run_eager)
     z, y = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    loss, grad = run(z, y, gamma_pos, gamma_neg, smoothing, ignore_index, need_grad, _kept_dtype(logits))
+    loss, grad = runs[implementation](z, y, gamma_pos, gamma_neg, smoothing, ignore_index, need_grad, _kept_dtype(logits))
     return loss.reshape(labels.shape), logits.new_empty(0) if grad is None else grad.reshape(logits.shape)
 
 
@@ -113,67 +113,82 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 
 def _run_eager(z: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
                ignore_index: int | None, need_grad: bool, grad_dtype: torch.dtype,
-               compute: Callable | None = None) -> tuple[Tensor, Tensor | None]:
+               compiled: bool = False) -> tuple[Tensor, Tensor | None]:
     """(N, C) logits and (N,) labels; on the CPU over blocks of rows, see :mod:`mmasl.ops.eager`."""
     z, (rows, classes) = z.detach(), z.shape
     dtype = torch.promote_types(z.dtype, torch.float32)
-    grad = z.new_empty(z.shape, dtype=grad_dtype) if need_grad else None
+    sums, gradient = _compile() if compiled else (_sums, _gradient)
+    share = smoothing / classes
+    grad = None if not need_grad or compiled else z.new_empty(z.shape, dtype=grad_dtype)
     losses = []
-    for block in eager.blocks(rows, classes, z.device.type == 'cpu' and compute is None):
+    for block in eager.blocks(rows, classes, z.device.type == 'cpu' and not compiled):
         y = labels[block].long().unsqueeze(-1)
         ignored = None if ignore_index is None else y == ignore_index
         y = y if ignored is None else y.masked_fill(ignored, 0)
         known = eager.in_range(y, classes - 1, 'label', f'0 to {classes - 1}' + (
             '' if ignore_index is None else f', {ignore_index} to ignore'), block.start)
+        y, z_b = y.clamp(0, classes - 1), z[block].to(dtype)
         # An unchecked label out of range carries its NaN into the sample.
-        loss, block_grad = (compute or _block)(z[block].to(dtype), y.clamp(0, classes - 1), 0. * known.to(dtype),
-                                               gamma_pos, gamma_neg, smoothing, need_grad)
+        weight = 1 - smoothing + share + 0. * known.to(dtype)
+
+        top, *powers = sums(z_b, y, gamma_neg, smoothing > 0)
+        log_sum = powers[0].log()
+        # p_y is the sigmoid of the label's lead over all others: that keeps 1 - p_y exact where p_y rounds to 1.
+        lead = z_b.gather(-1, y) - top - log_sum
+        loss, slope, rest = eager.negative_part(-lead, gamma_pos, 0., False, True)  # rest = 1 - p_y
+        loss, slope = weight * loss, -weight * slope
+        log_all = log_sum - torch.nn.functional.logsigmoid(-lead)
+        total = torch.zeros_like(loss)
+        if smoothing:
+            scale = (-gamma_neg * log_all).exp()
+            power, moment = scale * powers[1], scale * (powers[2] - log_all * powers[1])  # sums of p^g, p^g log p
+            loss = loss - share * moment
+            total = -share * (gamma_neg * moment + power)
         losses.append(loss if ignored is None else loss.masked_fill_(ignored, 0))
         if need_grad:
+            block_grad = gradient(z_b, y, top, log_sum, log_all, -slope - rest * total, slope - lead.sigmoid() * total,
+                                  share, gamma_neg, smoothing > 0)
             block_grad = block_grad if ignored is None else block_grad.masked_fill_(ignored, 0)
-            if len(block_grad) == rows and grad_dtype == dtype:
-                grad = block_grad
+            if compiled:
+                grad = block_grad.to(grad_dtype)
             else:
                 grad[block] = block_grad
     return torch.cat(losses).squeeze(-1) if losses else z.new_empty(0, dtype=dtype), grad
 
 
 def _run_compiled(*args) -> tuple[Tensor, Tensor | None]:
-    return _run_eager(*args, compute=_compile())
+    return _run_eager(*args, compiled=len(args[0]) > 0)
 
 
 @lru_cache
-def _compile() -> Callable:
+def _compile() -> tuple[Callable, Callable]:
     print_log("the softmax form of the loss is compiled on the CPU, once: half a minute (implementation='eager' does "
               'without)', 'current')
-    return torch.compile(_block, dynamic=True)
+    return torch.compile(_sums, dynamic=True), torch.compile(_gradient, dynamic=True)
 
 
-def _block(z: Tensor, y: Tensor, poison: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
-           need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Loss (N, 1) and its gradient (N, C) for labels y (N, 1)."""
-    share, lowest = smoothing / z.shape[-1], torch.finfo(z.dtype).min
+def _sums(z: Tensor, y: Tensor, gamma: float, smoothing: bool) -> tuple[Tensor, ...]:
+    """Of the logits other than the label's the largest, and relative to it the sums of exp(z), exp(g z), exp(g z) z."""
     is_label = torch.arange(z.shape[-1], device=z.device) == y
     others = torch.where(is_label, -torch.inf, z)
     top = others.amax(-1, keepdim=True)
-    others = (others - top).clamp(min=lowest)  # finite, for the products with probabilities of 0
-    e = torch.where(is_label, 0., others.exp())
-    log_sum = e.sum(-1, keepdim=True).log()
-    # p_y is the sigmoid of the label's lead over all others together, which keeps 1 - p_y exact where p_y rounds to 1.
-    lead = z.gather(-1, y) - top - log_sum
-    loss, slope, p_rest = eager.negative_part(-lead, gamma_pos, 0., False, True)  # of the label; p_rest = 1 - p_y
-    weight = 1 - smoothing + share + poison
-    loss, slope = weight * loss, -weight * slope  # slope by the lead
-    total = by_log_p = torch.zeros_like(loss)
+    # Finite, for the products with probabilities of 0.
+    others = (others - top).clamp(min=torch.finfo(z.dtype).min)
+    total = torch.where(is_label, 0., others.exp()).sum(-1, keepdim=True)
+    if not smoothing:
+        return top, total
+    power = torch.where(is_label, 0., (gamma * others).exp())
+    return top, total, power.sum(-1, keepdim=True), (power * others).sum(-1, keepdim=True)
+
+
+def _gradient(z: Tensor, y: Tensor, top: Tensor, log_sum: Tensor, log_all: Tensor, of_softmax: Tensor, of_label: Tensor,
+              share: float, gamma: float, smoothing: bool) -> Tensor:
+    """Gradient of the label, and of the others: their softmax among themselves, and by their focused log p."""
+    lowest = torch.finfo(z.dtype).min
+    others = (z - top).clamp(min=lowest)
+    grad = (others - log_sum).exp() * of_softmax
     if smoothing:
-        log_p = (others - (log_sum - torch.nn.functional.logsigmoid(-lead))).clamp(min=lowest)
-        focus = torch.where(is_label, 0., (log_p * gamma_neg).exp())
-        focus_log_p = focus * log_p
-        loss = loss - share * focus_log_p.sum(-1, keepdim=True)
-        by_log_p = (focus_log_p * -gamma_neg - focus) * share
-        total = by_log_p.sum(-1, keepdim=True)
-    if not need_grad:
-        return loss, None
-    # e / exp(log_sum) is the others' softmax among themselves.
-    grad = e * (torch.exp(-log_sum) * (-slope - p_rest * total)) + by_log_p
-    return loss, torch.where(is_label, slope - lead.sigmoid() * total, grad)
+        log_p = (others - log_all).clamp(min=lowest)
+        power = (gamma * log_p).exp()
+        grad = grad - share * (power + gamma * (power * log_p))
+    return torch.where(torch.arange(z.shape[-1], device=z.device) == y, of_label, grad)

@@ -1,5 +1,6 @@
-"""The loss, its gradient and the probability sums as one C++ loop that torch.compile makes: for large logits on the CPU,
-where eager operations, even over blocks that fit the cache, cost twice as much and more (docs/speed.md)."""
+"""The loss, its gradient and the probability sums as one C++ loop that torch.compile makes, for large logits on the CPU.
+
+Eager operations take longer there, even over blocks that fit the cache (docs/speed.md)."""
 from functools import lru_cache
 
 import torch
@@ -67,8 +68,10 @@ def _compile(soft: bool, dense: bool):
 
 def _formula(z, y, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing, ignore_index, reduction,
              need_loss, need_grad, need_sums, upstream, soft, dense):
-    """Elementwise throughout, so that it becomes one loop. A target out of range, or soft where none is expected, becomes
-    NaN."""
+    """Elementwise throughout, so that it becomes one loop.
+
+    A target out of range, or soft where none is expected, becomes NaN.
+    """
     out_dtype, classes = z.dtype, z.shape[-1]
     z = z.to(gamma_neg.dtype)
     used = None if ignore_index is None else y != ignore_index

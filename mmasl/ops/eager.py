@@ -1,7 +1,7 @@
 """The loss and its gradient in eager PyTorch, for the CPU, for float64, and for accelerators without Triton.
 
-On the CPU it goes over blocks of rows, small enough that what is computed in between stays in the cache. Elsewhere there
-is one block, and nothing waits for a value.
+On the CPU it goes over blocks of rows, small enough that what is computed in between stays in the cache. Elsewhere
+there is one block, and nothing waits for a value.
 """
 import torch
 import torch.nn.functional as F

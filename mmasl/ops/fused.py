@@ -153,7 +153,8 @@ def _kernel(z_ptr, target_ptr, quality_ptr, weight_ptr, gamma_pos_ptr, gamma_neg
             bad = bad & (label != ignore_index)
             used = mask & (label != ignore_index)[:, None]
         # The class within the tile, or one that is not in it.
-        column = tl.where((label >= first_class) & (label < first_class + BLOCK_C), label - first_class, -1).to(tl.int32)
+        column = label - first_class
+        column = tl.where((column >= 0) & (column < BLOCK_C), column, -1).to(tl.int32)
         y = (column[:, None] == c[None, :]).to(tl.float32)
         if quality_ptr is not None:
             quality = tl.load(quality_ptr + rows + r, mask=row_mask, other=0.).to(tl.float32)
