@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 DETECTION = ['onedl-mmcv>=2.3.6', 'onedl-mmdetection>=3.5.1']
 CLASSIFICATION = ['onedl-mmcv>=2.3.6', 'onedl-mmpretrain>=1.3.6', 'timm>=1.0', 'tqdm']
+EXPORT = ['onnx>=1.18', 'onnxruntime>=1.20', 'onnxscript>=0.5']
 DEMO = ['scikit-learn>=1.3', 'scipy', 'matplotlib>=3.7']
 
 about = {}
@@ -27,6 +28,7 @@ setup(
         'det': ['onedl-mmengine>=0.10.12', *DETECTION],
         'cls': ['onedl-mmengine>=0.10.12', *CLASSIFICATION],
         'demo': DEMO,
-        'test': ['pytest>=8', 'pytest-xdist', 'torchmetrics>=1.4', 'torchvision', *DEMO],
+        'export': EXPORT,
+        'test': ['pytest>=8', 'pytest-xdist', 'torchmetrics>=1.4', 'torchvision', *DEMO, *EXPORT],
     },
 )
