@@ -261,6 +261,11 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
                 sums.copy_(state['sums'])
                 gap.copy_(state['gap'])
             return
+        if runner.iter > 0:
+            raise RuntimeError(
+                f'the training was resumed at iteration {runner.iter}, and AdaptiveAsymmetryHook got no checkpoint: '
+                f'{type(getattr(runner, "strategy", runner)).__name__} passes its own by the hooks, as DeepSpeed does, '
+                'so that gamma_neg would start anew. Resume with DDP or FSDP, or start from the weights (load_from)')
         for loss in self.losses:
             # After FSDP's to_empty the values are garbage, after load_from those of another training.
             loss.reset_parameters()

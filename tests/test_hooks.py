@@ -248,6 +248,14 @@ def test_a_resumed_run_goes_on_with_the_same_numbers(tmp_path, per_class):
     assert torch.equal(resumed.model.scale, whole.model.scale)
 
 
+def test_a_strategy_that_keeps_its_checkpoints_from_hooks_cannot_resume(tmp_path, monkeypatch):
+    """As DeepSpeed's does."""
+    make_runner(tmp_path, AdaptiveAsymmetryHook(0.1), epochs=1).train()
+    monkeypatch.setattr(AdaptiveAsymmetryHook, 'after_load_checkpoint', Hook.after_load_checkpoint)
+    with pytest.raises(RuntimeError, match='resumed at iteration 40, and AdaptiveAsymmetryHook got no checkpoint'):
+        make_runner(tmp_path, AdaptiveAsymmetryHook(0.1), epochs=2, resume=True).train()
+
+
 def test_loading_weights_starts_from_the_config(tmp_path):
     make_runner(tmp_path / 'first', AdaptiveAsymmetryHook(0.1)).train()
     path = str(tmp_path / 'first' / 'epoch_1.pth')

@@ -77,10 +77,18 @@ def enable_tta(cfg: Config) -> None:
         flips = [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)]
         cfg.tta_pipeline = [*head, dict(type='TestTimeAug', transforms=[flips, [pack]])]
     if 'tta_model' not in cfg:
-        cfg.tta_model = dict(type='AverageClsScoreTTA') if is_classification(cfg) else dict(
+        cfg.tta_model = classification_tta(cfg) if is_classification(cfg) else dict(
             type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     dataset.pipeline = cfg.tta_pipeline
+
+
+def classification_tta(cfg: Config) -> dict:
+    from mmpretrain.models.heads import MultiLabelClsHead
+    from mmpretrain.registry import MODELS
+    head = MODELS.get(cfg.model.head.type)
+    multi_label = isinstance(head, type) and issubclass(head, MultiLabelClsHead)
+    return dict(type='mmasl.MultiLabelTTAModel' if multi_label else 'AverageClsScoreTTA')
 
 
 def main() -> None:

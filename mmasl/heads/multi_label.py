@@ -30,7 +30,7 @@ class CalibratedPredictions:
     current parameters of the head's loss. ``pred_label`` holds the labels whose calibrated score exceeds ``thr``, by
     default 1/2; with ``topk`` alone, the k best as ever. Parameters and checkpoints are those of MMPretrain's head.
 
-    Test-time augmentation averages ``pred_score`` only: MMPretrain leaves the rest as in the first view.
+    Test-time augmentation by MMPretrain averages ``pred_score`` only; :class:`mmasl.MultiLabelTTAModel` does the rest.
 
     Raises:
         TypeError: The head's loss is no :class:`mmasl.AsymmetricLoss`.

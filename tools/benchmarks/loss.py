@@ -1,5 +1,6 @@
 """The losses themselves: forward and backward, time and memory, beside what others offer for the same."""
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +113,7 @@ def peers(form: str, classes: int, device: str) -> dict[tuple[str, str], Callabl
         }
     else:
         calls[('mmdet focal in PyTorch', 'focal')] = lambda z, y: naive_focal(z, dense(y))
-        if device == 'cuda':
+        if device == 'cuda' and find_spec('mmcv._ext'):
             from mmcv.ops import sigmoid_focal_loss as mmcv_focal
             calls[('mmcv focal', 'focal')] = lambda z, y: mmcv_focal(z, y, 2., 0.25, None, 'sum')
     return calls

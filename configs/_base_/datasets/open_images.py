@@ -24,3 +24,7 @@ val_dataloader = dict(
         unannotated='ignore',
         data_prefix='test'))
 test_dataloader = val_dataloader
+
+# 114,648 test images x 9,605 scores.
+val_evaluator = dict(score_dtype='float16')
+test_evaluator = val_evaluator
