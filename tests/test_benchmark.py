@@ -35,12 +35,13 @@ def test_render(tmp_path):
     assert 'Not measured yet: `python tools/benchmark.py step --device cpu`' in benchmark.render(doc, tmp_path)
     (tmp_path / 'step_cpu.csv').write_text(
         'model,loss,step_ms,step_over_stock,difference_of_losses_over_step,empty,commit,date,torch,device\n'
-        'R,bce,100,1,0,,abc,2026-01-01,2.11,CPU\nR,asl,102,1.02,0.001,,abc,2026-01-01,2.11,CPU\n')
+        'R,bce,100,1,0,,abc,2026-01-01,2.11,CPU\nR,asl,102,1.02,0.001,,abc,2026-01-01,2.11,CPU\n'
+        'R,bce again,101,1.01,,,abc,2026-01-01,2.11,CPU\n')
     text = benchmark.render(doc, tmp_path)
     assert text.startswith('a\n<!-- a comment -->\n') and text.endswith('\nc') and 'old' not in text
     assert '| R | asl | 102 | 1.02 | 0.001 |' in text and '| empty' not in text
     assert 'CPU, torch 2.11, commit abc, 2026-01-01.' in text
-    assert '| +2.0% (by the losses alone +0.10%) | **not reached** |' in text
+    assert '| +2.0%, the stock loss again +1.0%; by the losses alone +0.10% | **not reached** |' in text
     assert benchmark.render(text, tmp_path) == text
 
 
@@ -88,8 +89,9 @@ def test_targets_of_the_loss(values, expected):
 
 
 def test_targets_of_the_step():
-    judged = step.targets([dict(model='R', loss='bce'), dict(
-        model='R', loss='asl', step_over_stock='1.009', difference_of_losses_over_step='0.0')])
+    judged = step.targets([
+        dict(model='R', loss='bce'), dict(model='R', loss='bce again', step_over_stock='0.99'),
+        dict(model='R', loss='asl', step_over_stock='1.009', difference_of_losses_over_step='0.0')])
     assert [reached for *_, reached in judged] == [True]
 
 

@@ -13,13 +13,15 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def in_turn(calls: Mapping[str, Callable[[], object]], seconds: float = 5, least: int = 5) -> dict[str, float]:
-    """Median time of each call in seconds. The calls take turns, so that a slower minute of the machine slows all.
+def in_turn(calls: Mapping[str, Callable[[], object]], seconds: float = 5, least: int = 5,
+            statistic: Callable[[list[float]], float] = median) -> dict[str, float]:
+    """Median (or other ``statistic``) time of each call in seconds. The calls take turns, so that a slower minute of the machine slows all.
 
     Args:
         calls: What to time, by name; each is called once beforehand.
         seconds: Rounds go on for about this long.
         least: Rounds at least.
+        statistic: ``min`` for calls of many seconds, of which there are few rounds, and which other work only delays.
     """
     for call in calls.values():
         call()
@@ -32,7 +34,7 @@ def in_turn(calls: Mapping[str, Callable[[], object]], seconds: float = 5, least
             call()
             synchronize()
             times[name].append(time.perf_counter() - begin)
-    return {name: median(values) for name, values in times.items()}
+    return {name: statistic(values) for name, values in times.items()}
 
 
 def synchronize() -> None:
