@@ -524,7 +524,12 @@ class MultiLabelReport(BaseMetric):
             raise ValueError('MultiLabelReport got no samples: is the evaluated data set or its loader empty?')
         kinds, num_classes = results[0].shape
 
+        # What fits a block is put together once.
+        whole = np.concatenate(results) if len(results) * num_classes <= BLOCK else None
+
         def read(rows: slice, columns: slice) -> list[np.ndarray]:
+            if whole is not None:
+                return [whole[kind::kinds][rows, columns] for kind in range(kinds)]
             block = np.concatenate([sample[:, columns] for sample in results[rows]])
             return [block[kind::kinds] for kind in range(kinds)]
 
@@ -548,19 +553,28 @@ class MultiLabelReport(BaseMetric):
     def _read(self, samples: Sequence[dict], key: str) -> np.ndarray:
         """Field ``key`` of the samples, float32 (B, C); C is the data set's number of classes, else the first
         sample's."""
+        expected = torch.Size([self._num_classes(samples)])
+        try:
+            values = torch.stack([torch.as_tensor(sample[key]) for sample in samples])
+        except (KeyError, RuntimeError):
+            values = None
+        if values is None or values.shape[1:] != expected:
+            self._explain(samples, key, expected)
+        return values.detach().float().cpu().numpy()
+
+    def _explain(self, samples: Sequence[dict], key: str, expected: torch.Size) -> None:
+        """Raise for the first sample that lacks the field, or has it in another shape."""
         for index, sample in enumerate(samples):
             if key not in sample:
                 head = 'MultiLabelClsHead' if key == 'pred_score' else 'mmasl.MultiLabelClsHead'
                 raise ValueError(f'{self._name(samples, index)} has no {key}: use a head that predicts it, such as '
                                  f'{head}')
-        rows = [torch.as_tensor(sample[key]) for sample in samples]
-        expected = torch.Size([self._num_classes(samples)])
-        for index, row in enumerate(rows):
-            if row.shape != expected:
-                raise ValueError(f"{self._name(samples, index)}: {key} has shape {tuple(row.shape)}, expected "
+            if (shape := torch.as_tensor(sample[key]).shape) != expected:
+                raise ValueError(f"{self._name(samples, index)}: {key} has shape {tuple(shape)}, expected "
                                  f"{tuple(expected)}: the head's num_classes, the data set's metainfo.classes and the "
                                  'labels of every sample must agree')
-        return torch.stack(rows).detach().float().cpu().numpy()
+        raise ValueError(f'the {key} of samples {self._name(samples, 0)} and after lie on several devices: put them on '
+                         'one')
 
     def _read_labels(self, samples: Sequence[dict]) -> np.ndarray:
         """``gt_score`` of the samples, float32 (B, C), made of ``gt_label`` where a sample has none."""
@@ -582,7 +596,7 @@ class MultiLabelReport(BaseMetric):
         return self._read(samples, 'gt_score')
 
     def _num_classes(self, samples: Sequence[dict]) -> int:
-        return len(self._classes or (self.results[0][0] if self.results else samples[0]['pred_score']))
+        return len(self._classes or (self.results[0][0] if self.results else samples[0].get('pred_score', ())))
 
     def _name(self, samples: Sequence[dict], index: int) -> str:
         return f'sample {samples[index].get("img_path", len(self.results) + index)}'
