@@ -4,6 +4,7 @@ import csv
 import importlib
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from mmasl.runs import write_rows  # noqa: E402
 PARTS = ('loss', 'kernel', 'step', 'linear', 'metrics', 'annotations')
 ORIGIN = ('commit', 'date', 'torch', 'device')
 ROOT = Path(__file__).parents[1]
-DOCS = (ROOT / 'docs' / 'speed.md', ROOT / 'docs' / 'scale.md')
+DOCS = (ROOT / 'docs' / 'speed.md', ROOT / 'docs' / 'scale.md', ROOT / 'README.md')
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -43,13 +44,27 @@ def verdicts(name: str, rows: list[dict[str, str]]) -> str:
     return '\n'.join(lines)
 
 
+def summary(rows: list[dict[str, str]]) -> str:
+    """Of the losses' rows, our time and memory at the large shapes beside the fastest others'."""
+    loss = part_module('loss')
+    lines = ['| logits | mmasl | fastest eager ASL | torch.compile | extra memory, in gradients: mmasl, the eager ASL |',
+             '|---|---|---|---|---|']
+    for shape in loss.LARGE:
+        ours, eager, compiled = loss.contestants(rows, shape)
+        best, fastest = (min(peers, key=lambda row: float(row['time_ms'])) for peers in (eager, compiled))
+        lines.append(f"| {shape} | {float(ours['time_ms']):.1f} ms | {float(best['time_ms']):.1f} ms ({best['loss']}) | "
+                     f"{float(fastest['time_ms']):.1f} ms | {float(ours['memory_in_gradients']):.1f}, "
+                     f"{float(best['memory_in_gradients']):.1f} |")
+    return '\n'.join(lines)
+
+
 def render(doc: str, folder: Path) -> str:
     """The document with the blocks between ``<!-- rows: PART DEVICE -->`` and ``<!-- end -->`` made from the rows."""
     out, rest = '', doc
     while (start := rest.find('<!-- ')) >= 0:
         marker, _, tail = rest[start:].partition('-->')
         kind, _, what = marker[5:].strip().partition(': ')
-        if kind not in ('rows', 'targets'):
+        if kind not in ('rows', 'targets', 'summary'):
             out, rest = out + rest[:start] + marker + '-->', tail
             continue
         name, device = what.split()
@@ -57,7 +72,7 @@ def render(doc: str, folder: Path) -> str:
         block = f'Not measured yet: `python tools/benchmark.py {name} --device {device}`.'
         if path.exists():
             rows = read_rows(path)
-            block = table(rows) if kind == 'rows' else verdicts(name, rows)
+            block = dict(rows=table, targets=partial(verdicts, name), summary=summary)[kind](rows)
         out += rest[:start] + marker + '-->\n' + block + '\n'
         rest = tail[tail.index('<!-- end -->'):]
         out, rest = out + '<!-- end -->', rest[len('<!-- end -->'):]
