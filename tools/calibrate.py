@@ -27,7 +27,7 @@ from mmasl import AsymmetricLoss, MultiLabelReport
 from mmasl.cli import (build_runner, check_data, is_classification, load_config, make_parser, parse_args, require_file,
                        set_dataloader_defaults)
 from mmasl.heads.multi_label import calibration_settings
-from mmasl.metrics import Conventions, expected_calibration_error, multilabel_report, reliability
+from mmasl.metrics import Conventions, expected_calibration_error, multilabel_report, reliability, unpack
 from mmasl.ops import inverse_posterior, posterior, posterior_cap
 from mmasl.runs import write_rows
 

@@ -86,7 +86,7 @@ def enable_tta(cfg: Config) -> None:
 def classification_tta(cfg: Config) -> dict:
     from mmpretrain.models.heads import MultiLabelClsHead
     from mmpretrain.registry import MODELS
-    head = MODELS.get(cfg.model.head.type)
+    head = MODELS.get(str(cfg.model.get('head', {}).get('type')))
     multi_label = isinstance(head, type) and issubclass(head, MultiLabelClsHead)
     return dict(type='mmasl.MultiLabelTTAModel' if multi_label else 'AverageClsScoreTTA')
 
