@@ -19,6 +19,6 @@ test: setup
 test-slow: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow
 
-# Half an hour on 2 cores; MMASL_FULL=1 adds annotations of Open Images' full size.
+# Half an hour on 2 cores; MMASL_FULL: annotations of Open Images' full size too, which docs/scale.md shows.
 benchmark: setup
-	$(PY) tools/benchmark.py
+	MMASL_FULL=1 $(PY) tools/benchmark.py

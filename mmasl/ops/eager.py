@@ -151,12 +151,16 @@ class _Dense:
         """weight * (y * pos + (1 - y) * neg) (Eq. 2), in the memory of ``neg``."""
         if alpha is not None:
             neg, pos = neg.mul_(1 - alpha), pos.mul_(alpha)
-        if self.where is None:
-            neg = neg.lerp_(pos, self.y)
-        else:
-            neg.view(-1).index_copy_(0, self.where, torch.lerp(self.positives(neg), pos, self.y_positives))
+        self.blend(neg, pos)
         neg = neg if weight is None else neg.mul_(weight)
         return neg if self.ignored is None else neg.masked_fill_(self.ignored, 0)
+
+    def blend(self, neg: Tensor, pos: Tensor) -> None:
+        """y * pos + (1 - y) * neg in ``neg``."""
+        if self.where is None:
+            neg.lerp_(pos, self.y)
+        else:
+            neg.view(-1).index_copy_(0, self.where, torch.lerp(self.positives(neg), pos, self.y_positives))
 
     def positive_sums(self, p: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of y and y p over the rows of each class."""
@@ -185,12 +189,8 @@ class _Labels(_Dense):
     def parameter(self, gamma: float | Tensor) -> float | Tensor:
         return gamma[self.column] if isinstance(gamma, Tensor) and gamma.dim() else gamma
 
-    def mix(self, neg: Tensor, pos: Tensor, alpha: float | None, weight: Tensor | None) -> Tensor:
-        if alpha is not None:
-            neg, pos = neg.mul_(1 - alpha), pos.mul_(alpha)
+    def blend(self, neg: Tensor, pos: Tensor) -> None:
         neg.scatter_(-1, self.column, torch.lerp(neg.gather(-1, self.column), pos, self.y))
-        neg = neg if weight is None else neg.mul_(weight)
-        return neg if self.ignored is None else neg.masked_fill_(self.ignored, 0)
 
     def positive_sums(self, p: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         y = self.y * counted.gather(-1, self.column)
