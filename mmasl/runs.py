@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,12 +55,14 @@ class Run:
                              'folder, or choose another work dir')
         return state['finished']
 
-    def start(self, threads: int) -> subprocess.Popen:
-        """Train, or go on training, with its output in ``work_dir/train.txt``."""
+    def start(self, threads: int, gpus: int = 1) -> subprocess.Popen:
+        """Train, or go on training, on several GPUs if so, with its output in ``work_dir/train.txt``."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._stamp(finished=False)
         options = [f'{key}={value}' for key, value in self.options.items()]
-        command = [sys.executable, str(TRAIN), self.config, '--work-dir', self.work_dir, '--resume']
+        launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={gpus}'] if gpus > 1 else []
+        command = [sys.executable, *launch, str(TRAIN), self.config, '--work-dir', self.work_dir, '--resume']
+        command += ['--launcher', 'pytorch'] * (gpus > 1)
         if options:
             command += ['--cfg-options', *options]
         env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'}
@@ -132,8 +134,20 @@ def write_rows(path: Path, rows: Sequence[dict]) -> None:
         writer.writerows(origin | row for row in rows)  # rows of an earlier run keep their origin
 
 
-def train(runs: Sequence[Run], jobs: int | None = None) -> None:
-    """Train what is not finished yet, ``jobs`` at a time (one per two cores at least), and show the progress.
+def fill_blocks(text: str, makers: Mapping[str, Callable[[str], str]]) -> str:
+    """A document with what stands between ``<!-- KIND: WHAT -->`` and ``<!-- end -->`` made anew by ``makers[KIND](WHAT)``.
+
+    Comments of other kinds are left alone.
+    """
+    def fill(match: re.Match) -> str:
+        kind, what = match['kind'], match['what']
+        return f'<!-- {kind}: {what} -->\n{makers[kind](what)}\n<!-- end -->' if kind in makers else match[0]
+
+    return re.sub(r'<!-- (?P<kind>\w+): (?P<what>[^>]*?) -->\n.*?<!-- end -->', fill, text, flags=re.DOTALL)
+
+
+def train(runs: Sequence[Run], jobs: int | None = None, gpus: int = 1) -> None:
+    """Train what is not finished yet, ``jobs`` at a time (default: one per core) on ``gpus`` each, and show the progress.
 
     Raises:
         SystemExit: A run failed; the others are stopped, and resume at the next call.
@@ -149,7 +163,7 @@ def train(runs: Sequence[Run], jobs: int | None = None) -> None:
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                running[run.work_dir] = run, run.start(threads=max(1, cores // jobs))
+                running[run.work_dir] = run, run.start(max(1, cores // jobs), gpus)
             time.sleep(1)
             for run, process in list(running.values()):
                 if process.poll() is None:

@@ -1,0 +1,18 @@
+# A small ATSS on the digits, with ASL in place of the focal loss; the choices are those of atss_asl_coco.py.
+_base_ = './atss_focal_digits.py'
+
+# detach_focusing: the gradient of Eq. 8.
+model = dict(
+    bbox_head=dict(
+        loss_cls=dict(
+            _delete_=True,
+            type='mmasl.AsymmetricLoss',
+            use_sigmoid=True,
+            gamma_pos=1.0,
+            gamma_neg=2.0,
+            clip=0.0,
+            alpha=0.25,
+            detach_focusing=False,
+            loss_weight=1.0)))
+# p_t+, p_t- and their gap (Fig. 4), in the log.
+custom_hooks = [dict(type='mmasl.ProbabilityGapHook')]

@@ -1,0 +1,4 @@
+# Fig. 8 on the digits: a small MobileNetV3 with ASL (gamma 0 and 4, margin 0.05).
+_base_ = './mobilenet-v3_bce_digits_paper.py'
+
+model = dict(head=dict(loss=dict(gamma_neg=4.0, clip=0.05)))

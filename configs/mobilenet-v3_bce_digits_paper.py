@@ -1,0 +1,12 @@
+# Fig. 8 on the digits: the setting of tools/reproduce.py with a small MobileNetV3.
+_base_ = './resnet_bce_digits_paper.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='MobileNetV3',
+        arch='small_050',
+        out_indices=(11, ),
+        init_cfg=dict(
+            type='Pretrained', checkpoint='work_dirs/mobilenet-v3_ce_glyphs/epoch_24.pth', prefix='backbone.')),
+    head=dict(in_channels=48))

@@ -1,0 +1,4 @@
+# The setting of tools/reproduce.py with ASL (gamma 0 and 4, margin 0.05: App. B) of arXiv 2009.14119.
+_base_ = './resnet_bce_digits_paper.py'
+
+model = dict(head=dict(loss=dict(gamma_neg=4.0, clip=0.05)))

@@ -1,0 +1,4 @@
+# The setting of tools/reproduce.py: the harder digits from the longer pre-training. Binary cross-entropy.
+_base_ = './resnet_bce_digits_hard.py'
+
+model = dict(backbone=dict(init_cfg=dict(checkpoint='work_dirs/resnet_ce_glyphs_24e/epoch_24.pth')))

@@ -1,0 +1,4 @@
+# Fig. 8 on the digits: a small TResNet with ASL (gamma 0 and 4, margin 0.05).
+_base_ = './tresnet_bce_digits_paper.py'
+
+model = dict(head=dict(loss=dict(gamma_neg=4.0, clip=0.05)))
