@@ -4,14 +4,15 @@ Data goes one way: :func:`count_labels` and :func:`watch_losses` look, :func:`su
 what was seen. tools/advise.py prints it.
 """
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import exp, log, log1p
+from typing import Any, cast
 
 import numpy as np
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from torch import Tensor, nn
 
 from .losses import AsymmetricLoss, _as_element_weight
@@ -79,7 +80,7 @@ class LabelStats:
         return self.counts[self.order[0]] / self.counts[self.order[-1]]
 
 
-def count_labels(dataset, progress=iter) -> LabelStats:
+def count_labels(dataset: Any, progress: Callable[[range], Iterable[int]] = iter) -> LabelStats:
     """Count the labels of a data set of MMPretrain or MMDetection, without loading an image.
 
     Args:
@@ -201,11 +202,11 @@ class LossSite:
     @property
     def setting(self) -> Setting | None:
         """(gamma_neg, gamma_pos, clip) that the module amounts to, where it does."""
-        name, loss = type(self.module).__name__, self.module
+        name, loss = type(self.module).__name__, cast(Any, self.module)
         if self.softmax:
             return None
         if name == 'AsymmetricLoss':
-            return tuple(_largest(getattr(loss, key)) for key in ('gamma_neg', 'gamma_pos', 'clip'))
+            return _largest(loss.gamma_neg), _largest(loss.gamma_pos), _largest(loss.clip)
         if name == 'FocalLoss':
             return loss.gamma, loss.gamma, 0
         plain = all(getattr(loss, key, None) is None for key in ('class_weight', 'pos_weight'))
@@ -233,8 +234,9 @@ class LossSite:
         self._sample.append(at_negatives[::max(1, at_negatives.numel() // 100_000)])
         if self.own is not None:
             grad = _own_gradient(self.module, call, z)
-            self.own = None if grad is None else self.own
-            if grad is not None:
+            if grad is None:
+                self.own = None
+            else:
                 self.own.add(grad, positive, negative)
         for setting in settings:
             grad = self._gradient(z, y, setting) if weight is None else self._gradient(z, y, setting) * weight
@@ -244,8 +246,8 @@ class LossSite:
         gamma_neg, gamma_pos, clip = map(float, setting)
         with torch.enable_grad():
             z = z.clone().requires_grad_()
-            loss = asymmetric_loss(z, y, gamma_pos, gamma_neg, clip, self.alpha,
-                                   getattr(self.module, 'detach_focusing', False))
+            loss: Any = asymmetric_loss(z, y, gamma_pos, gamma_neg, clip, self.alpha,
+                                        getattr(self.module, 'detach_focusing', False))
             return torch.autograd.grad(loss.sum(), z)[0] * getattr(self.module, 'loss_weight', 1.)
 
 
@@ -304,7 +306,7 @@ def watch_losses(sites: Sequence[LossSite], settings: Sequence[Setting]) -> Iter
     """
     calls = []
 
-    def remember(site: LossSite):
+    def remember(site: LossSite) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             # PAA calls its loss for the assignment too, without gradient.
             if torch.is_grad_enabled():
@@ -341,15 +343,15 @@ def suggest(stats: LabelStats, site: LossSite | None) -> Suggestion:
     """
     if stats.kind == 'detection':
         alpha = site.alpha if site and site.alpha is not None else 0.25 if site and site.form == 'labels' else None
-        reasons = ['detection: App. H of the paper, gamma_neg = 2 and gamma_pos = 1; no margin, since a dense head '
-                   'starts below any useful one']
+        reasons = [('detection: App. H of the paper, gamma_neg = 2 and gamma_pos = 1; no margin, since a dense head '
+                    'starts below any useful one')]
         if alpha is not None:
             reasons.append(f'alpha = {alpha:g} of the focal loss: reproduce that first, then change the gammas alone '
                            '(the advice of the author)')
         return Suggestion((2, 1, 0), alpha, tuple(reasons))
 
     ratio = stats.negatives_per_positive
-    if stats.kind == 'single-label' or site and site.softmax:
+    if stats.kind == 'single-label' or (site and site.softmax):
         setting, reason = (4, 0, 0.05), 'App. G, one label among 32,000, on sigmoids in place of a softmax'
     elif ratio >= EXTREME:
         setting, reason = (7, 0, 0.05), f'App. F, Open Images; here, from {EXTREME} negatives per positive'
@@ -445,11 +447,12 @@ def empty_classes(stats: LabelStats) -> Mistake | None:
             'train_dataloader.dataset.metainfo.classes',
             'all that is learnt of such a class is that it is absent, and average precision is not defined for it',
             'leave the class out of metainfo.classes and num_classes, or find out why its labels are missing')
+    return None
 
 
 def focusing_of_positives(site: LossSite) -> Mistake | None:
     """gamma_pos > 0 in classification; equal gammas are the focal loss, and meant."""
-    if type(site.module).__name__ != 'AsymmetricLoss' or site.softmax:
+    if type(site.module).__name__ != 'AsymmetricLoss' or site.setting is None:
         return None
     gamma_neg, gamma_pos, _ = site.setting
     if gamma_pos > 0 and gamma_pos != gamma_neg:
@@ -458,6 +461,7 @@ def focusing_of_positives(site: LossSite) -> Mistake | None:
             f'a positive at p = 0.5 has {0.5**gamma_pos:.0%} of its loss left; the paper found 0 best (Fig. 6), while '
             'the official constructor has 1',
             'gamma_pos=0')
+    return None
 
 
 def margin_above_prior(site: LossSite) -> Mistake | None:
@@ -470,11 +474,13 @@ def margin_above_prior(site: LossSite) -> Mistake | None:
             'nothing is learnt of a negative until its probability has risen to the margin, and scores settle there',
             'clip=0, as in every dense detector; or a head whose bias starts it higher (it starts at the logit '
             f'{log(site.prior) - log1p(-site.prior):.1f})')
+    return None
 
 
 def alpha_left_out(site: LossSite) -> Mistake | None:
     """ASL in the place of a focal loss without its alpha; heads with soft targets have none themselves."""
-    if not isinstance(site.module, AsymmetricLoss) or site.alpha is not None or site.form != 'labels':
+    if not isinstance(site.module, AsymmetricLoss) or site.alpha is not None or site.form != 'labels' or (
+            site.setting is None):
         return None
     gamma_neg, gamma_pos, _ = site.setting
     if gamma_pos != gamma_neg:
@@ -483,6 +489,7 @@ def alpha_left_out(site: LossSite) -> Mistake | None:
             'alpha is None in detection', f'{site.key}.alpha',
             f'a positive weighs {low:.2g} (at p = 0.01) to {high:.2g} times (at p = 0.5) as much as in the focal loss '
             f'with gamma 2 and alpha 0.25; beside the box losses that is another balance altogether', 'alpha=0.25')
+    return None
 
 
 def other_asymmetric_loss(cfg: Config, site: LossSite) -> Mistake | None:
@@ -493,6 +500,7 @@ def other_asymmetric_loss(cfg: Config, site: LossSite) -> Mistake | None:
             "type='AsymmetricLoss' is MMPretrain's own class", f'{site.key}.type',
             'its soft labels (Mixup, CutMix) are wrong, labels of shape (N, 1) are taken for class indices, and '
             '0 < gamma_neg < 1 with a margin gives NaN gradients', "type='mmasl.AsymmetricLoss'")
+    return None
 
 
 def sigmoid_not_in_config(cfg: Config, site: LossSite) -> Mistake | None:
@@ -504,11 +512,12 @@ def sigmoid_not_in_config(cfg: Config, site: LossSite) -> Mistake | None:
             'use_sigmoid=True does not stand in the config', f'{site.key}.use_sigmoid',
             'the head reads it there before it builds the loss: without it, it takes the loss for a softmax and adds a '
             f'channel for background (predictions have {site.channels} here)', 'use_sigmoid=True in the dict')
+    return None
 
 
 def coupled_weight_decay(cfg: Config, site: LossSite) -> Mistake | None:
     """Adam with coupled L2 under a loss that is divided, whose scale Adam hides from everything else."""
-    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or ConfigDict()
     decay = optimizer.get('weight_decay', 0)
     if _name(optimizer.get('type')) not in COUPLED or not decay or optimizer.get('decoupled_weight_decay'):
         return None
@@ -523,7 +532,7 @@ def coupled_weight_decay(cfg: Config, site: LossSite) -> Mistake | None:
         why += f', and against cross-entropy {scale:.3g} times, by the gradient of the first batches'
     cure = 'AdamW, whose decay does not depend on the loss'
     if cfg.get('default_scope') == 'mmpretrain':
-        cure += (f"; to follow the official script (1e-4, loss summed over {OFFICIAL_BATCH} images) weight_decay="
+        cure += (f'; to follow the official script (1e-4, loss summed over {OFFICIAL_BATCH} images) weight_decay='
                  f'{1e-4 / OFFICIAL_BATCH:.1g}')
     return Mistake(f'weight_decay = {decay:g} of {_name(optimizer.type)} is coupled to the scale of the loss',
                    'optim_wrapper.optimizer', why, cure)
@@ -535,12 +544,13 @@ def normalisation_of_tresnet(cfg: Config) -> Mistake | None:
     name = str(backbone.get('model_name') or _name(backbone.get('type')))
     preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     mean, std = preprocessor.get('mean'), preprocessor.get('std')
-    if 'tresnet' in name.lower() and (np.any(mean) or not np.allclose(std or 1, 255)):
+    if 'tresnet' in name.lower() and (np.any(mean or 0) or not np.allclose(std or 1, 255)):
         return Mistake(
             f'{name} gets mean={mean}, std={std}', 'data_preprocessor',
             'TResNet was pretrained on RGB in [0, 1], and the paper trains with that (App. B)',
             'mean=[0., 0., 0.], std=[255., 255., 255.] and RGB (to_rgb=True in MMPretrain, bgr_to_rgb=True in '
             'MMDetection)')
+    return None
 
 
 def ema_longer_than_run(cfg: Config, batches_per_epoch: int) -> list[Mistake]:

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -196,7 +197,7 @@ def _largest_jump(gradient: Callable[[Tensor], Tensor], z: Tensor) -> float:
     return torch.where(stays, steps[1], 0.).max().item()
 
 
-def _bisect(beyond: Callable[[float], bool], low: float, high: float) -> float:
+def _bisect(beyond: Callable[[float], bool | Tensor], low: float, high: float) -> float:
     """Smallest number between ``low`` and ``high`` that is ``beyond``, as ``high`` is and ``low`` is not."""
     while low < (middle := (low + high) / 2) < high:
         low, high = (low, middle) if beyond(middle) else (middle, high)
@@ -206,7 +207,7 @@ def _bisect(beyond: Callable[[float], bool], low: float, high: float) -> float:
 @torch.enable_grad()
 def _at(logits: Tensor, setting: Setting, positive: bool = False) -> tuple[Tensor, Tensor]:
     logits = logits.detach().requires_grad_()
-    loss = asymmetric_loss(logits, torch.full_like(logits, float(positive)), **asdict(setting))
+    loss: Any = asymmetric_loss(logits, torch.full_like(logits, float(positive)), **asdict(setting))
     return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
 
 

@@ -6,6 +6,8 @@ the mixed image is lam L(y) + (1 - lam) L(y'). But they also mix the number that
 MMPretrain looks batch augmentations up in a registry of its own, where the type is the path of the class:
 ``type='mmasl.batch_augments.MultiLabelMixup'``.
 """
+from typing import Any
+
 import torch
 from mmpretrain.models.utils import batch_augments
 from torch import Tensor
@@ -15,13 +17,14 @@ class IgnoredLabels:
     """A batch augmentation whose mixed label is ignored where either image's is, if that image has a share at all.
 
     Half of a label is unknown, and nothing is known of the sum. An image of share 0, as where the cut patch is empty,
-    takes no label away.
+    takes no label away. A loss that takes ignored labels for negatives (``weight_unannotated``) would make negatives of
+    positives that meet one: for it, let the data set say negative instead.
 
     Args:
         ignore_index: Value of ``gt_score`` that marks ignored labels, as the loss has it.
     """
 
-    def __init__(self, *args, ignore_index: float = -1, **kwargs) -> None:
+    def __init__(self, *args: Any, ignore_index: float = -1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ignore_index = ignore_index
 
@@ -29,7 +32,7 @@ class IgnoredLabels:
         ignored = batch_score == self.ignore_index
         # Mixed like a label, the mark becomes the share of the images that it comes from.
         marked = torch.cat([batch_score.masked_fill(ignored, 0), ignored], dim=1)
-        batch_inputs, marked = super().__call__(batch_inputs, marked)
+        batch_inputs, marked = super().__call__(batch_inputs, marked)  # type: ignore[misc]  # the augmentation's
         score, unknown = marked.chunk(2, dim=1)
         return batch_inputs, score.masked_fill(unknown > 0, self.ignore_index)
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class Results(NamedTuple):
     labels: np.ndarray
     images: Sequence[str]
     classes: Sequence[str]
-    settings: Mapping[str, object] | None = None
+    settings: Mapping[str, Any] | None = None
 
 
 class Mistake(NamedTuple):
@@ -172,7 +172,7 @@ def _histogram(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(bins[labels == y], minlength=BINS) for y in (0, 1)])
 
 
-def _by_setting(settings: Mapping[str, object] | None, classes: int) -> dict[Setting, np.ndarray]:
+def _by_setting(settings: Mapping[str, Any] | None, classes: int) -> dict[Setting, np.ndarray]:
     """The classes of each setting, bool (C,).
 
     Parameters given per class are rounded to two decimals, so that there are fewer settings to analyse: p* moves by
@@ -248,11 +248,11 @@ def render(errors: Errors, results: Results, facts: Mapping[str, str], top: int 
     return '\n'.join([
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        'style-src \'unsafe-inline\'; script-src \'unsafe-inline\'">',
+        ('<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+         'style-src \'unsafe-inline\'; script-src \'unsafe-inline\'">'),
         f'<style>{STYLE}</style></head>\n<body><header><h1>{title}</h1>', _head(errors, results, facts),
-        '<nav><a href="#classes">Classes</a> <a href="#thresholds">Thresholds</a> <a href="#pairs">Pairs</a> '
-        '<a href="#mistakes">Mistakes</a></nav></header>\n<main>',
+        ('<nav><a href="#classes">Classes</a> <a href="#thresholds">Thresholds</a> <a href="#pairs">Pairs</a> '
+         '<a href="#mistakes">Mistakes</a></nav></header>\n<main>'),
         _class_table(errors, results, shown), _charts(results, shown), _pairs(errors, results),
         _galleries(results, drawn, pictures), '</main>', _data(errors, shown),
         f'<script>{SCRIPT}</script></body></html>\n'])

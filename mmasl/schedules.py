@@ -1,6 +1,7 @@
 """What the training recipes need along the steps of a run and MMEngine lacks: the momentum of the one-cycle policy, and
 a weight average whose horizon goes with the run's length."""
 import math
+from typing import Any
 
 from mmengine import hooks
 from mmengine.optim import OptimWrapper
@@ -44,7 +45,7 @@ class OneCycleMomentum(MomentumSchedulerMixin, _ParamScheduler):
                  pct_start: float = 0.3,
                  begin: int = 0,
                  end: int = INF,
-                 **kwargs) -> None:
+                 **kwargs: Any) -> None:
         if not 0 <= eta_min <= eta_max < 1:
             raise ValueError(f'eta_min={eta_min} and eta_max={eta_max} must be two momenta in [0, 1), the lower first')
         if not 0 < pct_start < 1:
@@ -59,13 +60,14 @@ class OneCycleMomentum(MomentumSchedulerMixin, _ParamScheduler):
         super().__init__(optimizer, begin=begin, end=end, **kwargs)
 
     @classmethod
-    def build_iter_from_epoch(cls, *args, begin: int = 0, end: int = INF, by_epoch: bool = True,
-                              epoch_length: int | None = None, **kwargs) -> 'OneCycleMomentum':
+    def build_iter_from_epoch(cls, *args: Any, begin: int = 0, end: int = INF, by_epoch: bool = True,
+                              epoch_length: int | None = None, **kwargs: Any) -> 'OneCycleMomentum':
         """A schedule by iterations from settings in epochs."""
         if not by_epoch or not epoch_length:
             raise ValueError(f'by_epoch={by_epoch} and epoch_length={epoch_length}: only a schedule in epochs, of '
                              'known length, can be converted')
-        return cls(*args, begin=int(begin * epoch_length), end=int(end * epoch_length), by_epoch=False, **kwargs)
+        kwargs |= dict(begin=int(begin * epoch_length), end=int(end * epoch_length), by_epoch=False)
+        return cls(*args, **kwargs)
 
     def _get_value(self) -> list[float]:
         if self.last_step <= self.turn:
@@ -94,7 +96,7 @@ class EMAHook(hooks.EMAHook):
         ValueError: ``horizon`` is out of its range, or ``momentum`` is given too.
     """
 
-    def __init__(self, horizon: float, **kwargs) -> None:
+    def __init__(self, horizon: float, **kwargs: Any) -> None:
         if not 0 < horizon < 1:
             raise ValueError(f'horizon={horizon} must be a share of the training, between 0 and 1')
         if 'momentum' in kwargs:

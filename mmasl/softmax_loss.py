@@ -1,7 +1,6 @@
 """The single-label form of the asymmetric loss, as the module that configs build."""
 import math
 
-import torch
 from torch import Tensor, nn
 
 from .losses import REDUCTIONS, as_divisor

@@ -1,4 +1,6 @@
 """Test-time augmentation for multi-label heads."""
+from typing import Any
+
 from mmpretrain.models import AverageClsScoreTTA
 from mmpretrain.models.heads import MultiLabelClsHead
 from mmpretrain.structures import DataSample
@@ -20,7 +22,7 @@ class MultiLabelTTAModel(AverageClsScoreTTA):
         TypeError: The classifier's head is not multi-label.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         head = getattr(self.module, 'head', None)
         if not isinstance(head, MultiLabelClsHead):

@@ -77,9 +77,9 @@ def test_imbalance():
 
 # --- gradients
 
-def watched(module: nn.Module, *args, settings=tuple(LADDER.values()), key='model.head.loss', **kwargs) -> LossSite:
+def watched(module: nn.Module, *args, settings=None, key='model.head.loss', **kwargs) -> LossSite:
     site = LossSite(key, module)
-    with advice.watch_losses([site], settings):
+    with advice.watch_losses([site], [*LADDER.values()] if settings is None else settings):
         module(*args, **kwargs)
     return site
 
@@ -276,7 +276,7 @@ def assert_found(mistake, present: bool, where: str, *words: str) -> None:
     if present:
         assert mistake.where == where
         for word in words:
-            assert word in ' '.join((mistake.what, mistake.why, mistake.cure))
+            assert word in f'{mistake.what} {mistake.why} {mistake.cure}'
 
 
 @pytest.mark.parametrize('counts, present', (([1, 0, 2, 0], True), ([1, 2, 3, 4], False)))

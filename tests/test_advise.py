@@ -56,11 +56,11 @@ def table(report: str) -> dict[str, list[str]]:
 
 
 def snippet(report: str) -> Config:
-    Path('suggested.py').write_text(report.split('```python\n')[1].split('```')[0])
+    Path('suggested.py').write_text(report.split('```python\n')[1].split('```', maxsplit=1)[0])
     return Config.fromfile('suggested.py')
 
 
-RANDOM = "model = dict(backbone=dict(init_cfg=None))"
+RANDOM = 'model = dict(backbone=dict(init_cfg=None))'
 
 
 def test_classifier(advise):
@@ -168,10 +168,10 @@ def test_local_weights_are_kept():
     ('', ['--batches', '0'], '--batches 0: at least 1'),
     ('', ['--plot', 'x.txt'], 'written to .png, .svg or .pdf'),
     ('', ['--cfg-options', 'train_dataloader.dataset.ann_file=gone.json'], 'gone.json'),
-    ("train_dataloader = None", [], 'c.py has no train_dataloader'),
-    ("model = dict(head=dict(num_classes=10))", [], 'model.head has num_classes=10, but the training data has 40'),
+    ('train_dataloader = None', [], 'c.py has no train_dataloader'),
+    ('model = dict(head=dict(num_classes=10))', [], 'model.head has num_classes=10, but the training data has 40'),
     ("model = dict(head=dict(type='Absent'))", [], 'The model cannot be built: KeyError'),
-    ("model = dict(head=dict(in_channels=7))", [], 'The first batches do not go through the model: RuntimeError'),
+    ('model = dict(head=dict(in_channels=7))', [], 'The first batches do not go through the model: RuntimeError'),
     ("train_dataloader['dataset']['classes'] = ['red 0', 'none']", [], 'The training data cannot be read: ValueError')),
     ids=('batches', 'plot', 'data', 'loader', 'classes', 'type', 'shape', 'labels'))
 def test_refusals(text, argv, message, advise):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-from tools import benchmark  # noqa: E402
-from tools.benchmarks import annotations  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools import benchmark
+from tools.benchmarks import annotations
 
+ROOT = Path(__file__).parents[1]
 DOC = (ROOT / 'docs' / 'scale.md').read_text()
 
 
@@ -82,8 +82,8 @@ def test_the_plan_adds_up():
     assert all_reduce / single < backward < all_reduce / shared, 'where it hides, and where it does not'
     assert all_reduce / features == pytest.approx(4 * c / (3 * n))
     for expected in (
-            f'| {16 * parameters / 1e6:,.0f} MB | {16 * parameters / g / 1e6:.0f} MB and the gathered '
-            f'{2 * parameters / 1e6:.0f} MB | {16 * parameters / g / 1e6:.0f} MB |',
+            (f'| {16 * parameters / 1e6:,.0f} MB | {16 * parameters / g / 1e6:.0f} MB and the gathered '
+             f'{2 * parameters / 1e6:.0f} MB | {16 * parameters / g / 1e6:.0f} MB |'),
             f'all-reduce of the gradient: {all_reduce / 1e6:,.0f} MB', f'reduce-scatter: {fsdp / 1e6:,.0f} MB',
             f'all-gather and reduce-scatter: {features / 1e6:.1f} MB', f'| {8 * n * labels / 1e6:.1f} MB |',
             *(f'one link a {name} | {1e3 * all_reduce / speed:.1f} ms | {1e3 * fsdp / speed:.1f} ms | '
@@ -92,8 +92,8 @@ def test_the_plan_adds_up():
             f'| {arithmetic / 1e9:.0f} GFLOP |',
             f'the backbone takes {1e3 * step:.1f} ms, {1e3 * backward:.1f} of them backward',
             f'{28 * parameters / 1e9:.1f} GB a step, {1e3 * 28 * parameters / 4e12:.1f} ms at 4 TB/s',
-            f'at least {1e3 * (step - backward + all_reduce / shared):.1f} ms with DDP, and '
-            f'{1e3 * (step + features / shared):.1f} ms with',
+            (f'at least {1e3 * (step - backward + all_reduce / shared):.1f} ms with DDP, and '
+             f'{1e3 * (step + features / shared):.1f} ms with'),
             f'at 1,000,000 labels {16 * 10 * parameters / 1e9:.0f} GB of state',
             f'here {all_reduce / features:.0f} to 1', f'{4 * n * c / 1e6:,.0f} MB in float32',
             f'64 samples in float32 are {4 * own * c / 1e6:.1f} MB',

@@ -1,6 +1,7 @@
 """The operator against the equations: in float64 by autograd, at extremes in 60 digits by mpmath.
 
-Every test runs for both implementations, Triton's through its interpreter (tests/conftest.py); float64 is eager's alone.
+Every test runs for both implementations, Triton's through its interpreter (tests/conftest.py); float64 is eager's
+alone.
 """
 import itertools
 import math
@@ -378,12 +379,7 @@ def test_probability_sums(shape, form, weight, dtype):
     if form == 'quality':
         y = y * quality.unsqueeze(-1)
     target = {'dense': y, 'soft': y, 'labels': labels, 'quality': (labels, quality)}[form]
-    if form in ('dense', 'soft'):
-        target = target.masked_fill(ignored, -1)
-    elif form == 'labels':
-        target = target.masked_fill(ignored, -1)
-    else:
-        target = (labels.masked_fill(ignored, -1), quality)
+    target = (labels.masked_fill(ignored, -1), quality) if form == 'quality' else target.masked_fill(ignored, -1)
     counted = ~ignored if form in ('dense', 'soft') else (~ignored).unsqueeze(-1).expand(shape)
     if weight is not None:
         weight = torch.randint(3, shape[:-1] + ((1,) if weight == 'row' else (classes,)), generator=generator) / 2
@@ -439,7 +435,8 @@ def test_reductions_are_sums(form, rows, classes):
     kwargs = dict(gamma_pos=1., alpha=0.25, ignore_index=2 if form in ('labels', 'quality') else None,
                   weight=torch.linspace(0, 2, rows)[:, None])
     up = torch.linspace(-1, 2, rows)
-    element, grad = value_and_grad(asymmetric_loss, logits, target, cotangent=up[:, None].expand(rows, classes), **kwargs)
+    element, grad = value_and_grad(asymmetric_loss, logits, target, cotangent=up[:, None].expand(rows, classes),
+                                   **kwargs)
     by_row, row_grad = value_and_grad(asymmetric_loss, logits, target, cotangent=up, reduction='rows', **kwargs)
     assert_close((by_row, row_grad), (element.sum(1), grad), rtol=1e-5, atol=1e-5)
     _, grad = value_and_grad(asymmetric_loss, logits, target, **kwargs)
@@ -461,8 +458,8 @@ def test_the_same_in_every_run_and_no_matter_what_memory_held(form, reduction):
     assert_close(*results, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('shape, order', [((6, 5), (1, 0)), ((4, 6, 7), (1, 2, 0)), ((3, 4, 6, 7), (0, 2, 3, 1)), ((2, 5, 3), (0, 2, 1))],
-                         ids=str)
+@pytest.mark.parametrize('shape, order', [
+    ((6, 5), (1, 0)), ((4, 6, 7), (1, 2, 0)), ((3, 4, 6, 7), (0, 2, 3, 1)), ((2, 5, 3), (0, 2, 1))], ids=str)
 @pytest.mark.parametrize('reduction', ['none', 'rows', 'sum'])
 def test_permuted_maps(shape, order, reduction):
     """Channels-first, as a convolution makes them, and the same copied to classes last."""
@@ -471,10 +468,10 @@ def test_permuted_maps(shape, order, reduction):
     dense = (labels[..., None] == torch.arange(logits.shape[-1])).float()
     for target in (labels, dense, (labels, torch.full(labels.shape, 0.3))):
         results = []
-        for z in (logits, logits.contiguous()):
-            z = z.detach().requires_grad_()  # keeps the strides, unlike clone
-            loss, sums = asymmetric_loss(z, target, 1., weight=torch.rand(shape, generator=torch.Generator().manual_seed(
-                3)).permute(order), reduction=reduction, return_sums=True)
+        weight = torch.rand(shape, generator=torch.Generator().manual_seed(3)).permute(order)
+        for x in (logits, logits.contiguous()):
+            z = x.detach().requires_grad_()  # keeps the strides, unlike clone
+            loss, sums = asymmetric_loss(z, target, 1., weight=weight, reduction=reduction, return_sums=True)
             (loss * torch.linspace(1, 2, loss.numel()).view(loss.shape)).sum().backward()
             results.append((loss, sums, z.grad))
         assert_close(*results, rtol=1e-5, atol=1e-5)

@@ -133,8 +133,8 @@ def test_another_ignore_index():
 
 def test_a_mixed_label_of_ones_stays_a_label():
     """Rounding may leave lam + (1 - lam) below 1, and never above, where the loss would refuse it."""
-    for augment in OURS[:2]:
-        augment = BATCH_AUGMENTS.build(augment)
+    for config in OURS[:2]:
+        augment = BATCH_AUGMENTS.build(config)
         for _ in range(300):
             _, mixed = augment(IMAGES.clone(), torch.ones(6, 4))
             assert 1 - 1e-6 < mixed.min() and mixed.max() <= 1

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-from mmasl.ops.reference import asymmetric_loss as reference  # noqa: E402
-from tools import benchmark  # noqa: E402
-from tools.benchmarks import loss, measure, step  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mmasl.ops.reference import asymmetric_loss as reference
+from tools import benchmark
+from tools.benchmarks import loss, measure, step
 
+ROOT = Path(__file__).parents[1]
 SPEED = ROOT / 'benchmarks' / 'speed'
 
 
@@ -22,7 +22,8 @@ def test_documents_show_the_rows(path):
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['speed'], 'no part speed: the parts are loss, kernel'), (['--device', 'cuda'], 'torch sees no GPU here')], ids=str)
+    (['speed'], 'no part speed: the parts are loss, kernel'),
+    (['--device', 'cuda'], 'torch sees no GPU here')], ids=str)
 def test_bad_flags(flags, message):
     if 'cuda' in flags and torch.cuda.is_available():
         pytest.skip('there is a GPU')
@@ -31,7 +32,8 @@ def test_bad_flags(flags, message):
 
 
 def test_render(tmp_path):
-    doc = 'a\n<!-- a comment -->\n<!-- rows: step cpu -->\nold\n<!-- end -->\nb\n<!-- targets: step cpu -->\n<!-- end -->\nc'
+    doc = ('a\n<!-- a comment -->\n<!-- rows: step cpu -->\nold\n<!-- end -->\nb\n'
+           '<!-- targets: step cpu -->\n<!-- end -->\nc')
     assert 'Not measured yet: `python tools/benchmark.py step --device cpu`' in benchmark.render(doc, tmp_path)
     (tmp_path / 'step_cpu.csv').write_text(
         'model,loss,step_ms,step_over_stock,difference_of_losses_over_step,empty,commit,date,torch,device\n'
@@ -57,8 +59,8 @@ def test_peers_are_the_same_loss(form, monkeypatch):
         if kind == 'asl':
             expected = reference(logits, dense, **setting, detach_focusing='detached' in name).sum()
             assert_close(value.double(), expected, rtol=1e-4, atol=1e-5)
-            assert_close(torch.autograd.grad(value, logits)[0].double(), torch.autograd.grad(expected, logits)[0].double(),
-                         rtol=1e-3, atol=1e-5)
+            assert_close(torch.autograd.grad(value, logits)[0].double(),
+                         torch.autograd.grad(expected, logits)[0].double(), rtol=1e-3, atol=1e-5)
         else:
             assert value.isfinite() and torch.autograd.grad(value, logits)[0].abs().sum() > 0
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tools.benchmarks import metrics  # noqa: E402
+from tools.benchmarks import metrics
 
 
 @pytest.mark.parametrize('negatives', ['all', 'verified'])

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 
 from mmasl import AsymmetricLoss, cli
 from mmasl.metrics import expected_calibration_error
@@ -158,7 +160,7 @@ def test_table_and_csv():
         '| p | 0.123 | 0.200 | 0.0123 | 91.3 | 90.0 |',
         '| Platt scaling, sigmoid(2 z -1) | 0.001 | 0.002 | 0.0100 | 92.0 | 93.0 |']
     calibrate.write(Path('new/t.csv'), rows, config='c.py')
-    first, second = csv.DictReader(open('new/t.csv'))
+    first, second = csv.DictReader(Path('new/t.csv').read_text().splitlines())
     assert (first['ECE'], first['config'], second['fit']) == ('0.12345', 'c.py', 'sigmoid(2 z -1)')
     assert set(first) >= {'commit', 'date', 'device', 'torch'}
 
@@ -205,14 +207,17 @@ val_dataloader = dict(batch_size=4, dataset=dict(data_root='digits'))
 custom_imports = dict(imports=['mmasl', 'restore'], allow_failed_imports=False)
 custom_hooks = [dict(type='Restore')]
 """)
-    torch.save(dict(state_dict={'head.fc.bias': torch.full((10, ), 0.5)}, gamma_neg=2.), 'w.pth')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(Config.fromfile('tiny.py', import_custom_modules=False).model)
+    torch.nn.init.constant_(model.head.fc.bias, 0.5)
+    torch.save(dict(state_dict=model.state_dict(), gamma_neg=2.), 'w.pth')
     done = subprocess.run(
         [sys.executable, ROOT / 'tools/calibrate.py', 'tiny.py', 'w.pth', '--work-dir', 'w', '--plot', 'p/d.png'],
         env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=str(folder)),
         text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert '5 images of 10 classes' in done.stdout and Path('p/d.png').is_file()
-    rows = list(csv.DictReader(open('w/calibration.csv')))
+    rows = list(csv.DictReader(Path('w/calibration.csv').read_text().splitlines()))
     assert [row['method'] for row in rows] == ['p', 'posterior', 'temperature scaling', 'Platt scaling']
     assert 'gamma_neg=2.0' in rows[0]['loss']
     assert float(rows[0]['threshold']) == pytest.approx(inverse_posterior(0.5, 2., 0.05).sigmoid().item(), abs=1e-3)

@@ -79,9 +79,10 @@ def test_classes_select_and_order(root, how):
 
 def test_empty_classes_are_named(root, warnings):
     load(root)
-    assert warnings == [f'{root}/instances.json has no image of 1 classes: bottle']
+    assert warnings == [f'{root}/instances.json: 1 of 4 images have no label and are left out',
+                        f'{root}/instances.json has no image of 1 classes: bottle']
     warnings.clear()
-    load(root, classes=('dog', 'person'))
+    load(root, classes=('dog', 'person'), keep_empty=True)
     assert warnings == []
 
 
@@ -201,10 +202,14 @@ def test_annotations_that_belong_nowhere(root, key, value, message):
 
 @pytest.mark.parametrize('change, message', [
     (lambda data: data['images'].append(data['images'][1]), 'instances.json lists image id 20 2 times'),
+    (lambda data: data['images'].append(dict(id=60, file_name='20.png')),
+     "instances.json lists image file '20.png' 2 times"),
+    (lambda data: data['images'][3].pop('file_name'),
+     "entry 3 of images, {'id': 50, .*, has no file_name: get the file"),
     (lambda data: data['categories'].append(dict(id=91, name='dog')), "instances.json lists category 'dog' 2 times"),
     (lambda data: data['categories'].append(dict(id=18, name='cat')), 'instances.json lists category id 18 2 times'),
     (lambda data: data['annotations'].clear(), 'none of the 4 images in .*instances.json has a label.*keep_empty=True'),
-], ids=['image', 'category', 'category id', 'nothing annotated'])
+], ids=['image', 'file', 'no file', 'category', 'category id', 'nothing annotated'])
 def test_inconsistent_files(root, change, message):
     data = content()
     change(data)

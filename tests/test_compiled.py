@@ -1,5 +1,7 @@
-"""The compiled loop against the eager one, which tests/test_asymmetric_loss.py holds against the equations. Each form of a
-loss is compiled for seconds: two in the fast tests, all in the slow ones."""
+"""The compiled loop against the eager one, which tests/test_asymmetric_loss.py holds against the equations.
+
+Each form of a loss is compiled for seconds: two in the fast tests, all in the slow ones.
+"""
 import itertools
 
 import pytest
@@ -9,7 +11,6 @@ from torch.testing import assert_close
 
 from mmasl.ops import asymmetric_loss, compiled
 from mmasl.ops.asymmetric_loss import _pick
-
 
 WITHOUT_ALPHA = [setting for setting in SETTINGS.values() if setting[3] is None]  # alpha is another compilation
 
@@ -41,7 +42,8 @@ def test_dense_sum_and_extremes():
 
 
 def test_labels_with_ignored_rows_and_weight():
-    compare('labels', WITHOUT_ALPHA, ignore_index=2, weight=torch.linspace(0, 2, 37)[:, None], reduction='sum', scale=0.5)
+    compare('labels', WITHOUT_ALPHA, ignore_index=2, weight=torch.linspace(0, 2, 37)[:, None], reduction='sum',
+            scale=0.5)
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmengine.runner._flexible_runner import FlexibleRunner
 from mmengine.structures import InstanceData
-from mmpretrain.models import ImageClassifier
 from mmpretrain.registry import MODELS as CLASSIFICATION
 from mmpretrain.structures import DataSample
 from torch import nn

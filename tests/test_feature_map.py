@@ -258,7 +258,7 @@ def test_heads_that_do_not_divide():
 # --- parts
 
 @pytest.mark.parametrize('groups, classes', [(1, 5), (3, 7), (4, 4), (5, 12), (5, 11), (2000, 2001)],
-                         ids=lambda number: str(number))
+                         ids=str)
 def test_group_linear(groups, classes):
     """Class i reads place i mod g of query i div g, in a loop."""
     layer = GroupLinear(groups, 3, classes)

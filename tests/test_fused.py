@@ -1,5 +1,5 @@
-"""What tests/test_asymmetric_loss.py cannot show of the kernel through the interpreter: that it compiles for GPUs, none of
-which is needed for that, and its helpers."""
+"""What tests/test_asymmetric_loss.py cannot show of the kernel through the interpreter: that it compiles for GPUs, none
+of which is needed for that, and its helpers."""
 import os
 import subprocess
 import sys
@@ -18,8 +18,8 @@ from mmasl.ops import fused, fused_softmax
 
 def build(kernel, arch, types, constants):
     names = [p.name for p in kernel.params]
-    signature = {name: 'constexpr' if name in constants else types.get(name, '*fp32' if name.endswith('_ptr') else 'i32')
-                 for name in names}
+    signature = {name: types.get(name, '*fp32' if name.endswith('_ptr') else 'i32') for name in names}
+    signature |= dict.fromkeys(constants, 'constexpr')
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()})
     print(len(compile(source, target=GPUTarget('cuda', arch, 32), options=dict(num_warps=4)).asm['cubin']) > 1000)
 

@@ -104,6 +104,8 @@ def test_missing_files(root):
 @pytest.mark.parametrize('change, message', [
     (lambda d: d.pop('annotations'), r"lacks \['annotations'\] and has .* the test set's labels are private"),
     (lambda d: d['images'].append(d['images'][0]), 'lists image id 100 2 times'),
+    (lambda d: d['images'][1].update(file_name='images/000/40/100.jpg'),
+     "lists image file 'images/000/40/100.jpg' 2 times"),
     (lambda d: d['categories'].append(d['categories'][1]), 'lists category id 3 2 times'),
     (lambda d: d['annotations'].pop(2), 'has no annotation of 1 images, the first has the id 102'),
     (lambda d: d['annotations'].append(dict(id=99, image_id=101, category_id=3)),
@@ -111,7 +113,7 @@ def test_missing_files(root):
     (lambda d: d['annotations'][4].update(image_id=5), 'has the unknown image_id 5'),
     (lambda d: d['annotations'][4].update(category_id=5), 'has the unknown category_id 5'),
     (lambda d: d['annotations'][4].pop('category_id'), 'has the unknown category_id None'),
-], ids=['test set', 'image twice', 'category twice', 'not annotated', 'annotated twice', 'unknown image',
+], ids=['test set', 'image twice', 'file twice', 'category twice', 'not annotated', 'annotated twice', 'unknown image',
         'unknown category', 'no category'])
 def test_inconsistent_files(root, change, message):
     data = content()

@@ -139,8 +139,8 @@ def test_graph_that_is_none():
         build('gone.npz')
     with pytest.raises(ValueError, match=r'big.npz is of 7 classes \(c0, c1, c2, ...\), and num_classes=6: make it'):
         build(write('big.npz', torch.eye(7)))
+    np.savez('words.npz', embeddings=np.eye(6))
     with pytest.raises(ValueError, match=r"words.npz is no .npz file with the arrays \['classes', 'cooccurrence'\]"):
-        np.savez('words.npz', embeddings=np.eye(6))
         build('words.npz')
     Path('text.npz').write_text('no archive')
     np.savez('object.npz', classes=np.array(list('abcdef')), cooccurrence=np.array([{}], object))

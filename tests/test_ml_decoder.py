@@ -13,7 +13,7 @@ from mmasl.heads.ml_decoder import MLDecoderHead
 def build(num_classes=6, in_channels=8, **kwargs):
     torch.manual_seed(0)
     head = MLDecoderHead(num_classes, in_channels, **dict(embed_dims=16, num_heads=4, feedforward_channels=24) | kwargs)
-    for name, value in head.named_parameters():  # norms and biases are 1 and 0 otherwise
+    for value in head.parameters():  # norms and biases are 1 and 0 otherwise
         nn.init.normal_(value, std=0.3)
     return head.eval()
 
@@ -68,8 +68,8 @@ def test_zero_shot_equations(width):
     head = build(label_embeddings=vectors)
     expected = torch.empty(2, 6)
     for n, image in enumerate(maps):
-        for i, query in enumerate(vectors):
-            query = query if width == 16 else head.word_proj.weight @ query + head.word_proj.bias
+        for i, vector in enumerate(vectors):
+            query = vector if width == 16 else head.word_proj.weight @ vector + head.word_proj.bias
             expected[n, i] = decode(head, image, query.clamp(min=0)) @ head.fc.weight[0] + head.fc.bias[0]
     assert_close(head((maps, )), expected, rtol=1e-4, atol=1e-5)
 

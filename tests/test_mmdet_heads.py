@@ -193,7 +193,7 @@ def test_training_step(head):
         assert (0 <= p_positives).all() and (p_positives <= positives + 1e-3).all()
         assert (0 <= q_negatives).all() and (q_negatives <= negatives * (1 + 1e-5)).all()
         assert bool(positives.any()) is any(num_items)
-        assert q_negatives.any() or head in ('yolox', 'yolov3') and not any(num_items)
+        assert q_negatives.any() or (head in ('yolox', 'yolov3') and not any(num_items))
         for module in modules:
             module.probability_sums = None
         assert all(value.isfinite() for value in logged.values()), logged
@@ -266,7 +266,7 @@ model = dict(
 
 def with_loss(head, **loss):
     cfg = load(head)
-    cfg.merge_from_dict({path: loss for path in stock_losses(cfg)})
+    cfg.merge_from_dict(dict.fromkeys(stock_losses(cfg), loss))
     return cfg
 
 
@@ -315,5 +315,5 @@ def test_resolves_without_custom_imports():
 def test_needs_no_mmpretrain():
     """A loss in a detector, where MMPretrain is not installed."""
     assert run("import sys; sys.modules['mmpretrain'] = None; from mmengine.registry import MODELS, HOOKS;"
-               "print(MODELS.get('mmasl.AsymmetricLoss').__name__, HOOKS.get('mmasl.ProbabilityGapHook').__name__)") == [
-                   'AsymmetricLoss', 'ProbabilityGapHook']
+               "print(MODELS.get('mmasl.AsymmetricLoss').__name__, HOOKS.get('mmasl.ProbabilityGapHook').__name__)"
+               ) == ['AsymmetricLoss', 'ProbabilityGapHook']

@@ -8,13 +8,13 @@ from mmasl.datasets.nus_wide import CONCEPTS, NUSWide
 
 CLOUDS, PERSON, SKY, ZEBRA = (CONCEPTS.index(name) for name in ('clouds', 'person', 'sky', 'zebra'))
 HEADER = 'filepath,label,split_name\n'
-ROWS = '''images/1.jpg,"['sky', 'clouds']",train
+ROWS = """images/1.jpg,"['sky', 'clouds']",train
 images/2.jpg,"[person]",val
 images/3.jpg,[],train
 images/4.jpg,"[zebra, person, sky]",train
 images/5.jpg,['sky'],val
 images/6.jpg,,train
-'''
+"""
 
 
 @pytest.fixture
@@ -75,7 +75,8 @@ def test_file_paths_start_from_data_prefix(root):
 def test_other_classes_and_warnings(root, warnings):
     assert labels(load(root, classes=['zebra', 'sky', 'dog'])) == [('1', [1]), ('4', [0, 1])]
     path = root / 'nus_wid_data.csv'
-    assert warnings == [f'{path} (train) has no image of 1 classes: dog',
+    assert warnings == [f'{path} (train): 2 of 4 images have no label and are left out',
+                        f'{path} (train) has no image of 1 classes: dog',
                         f'{path} (train) has labels left out, of 2 classes: clouds, person']
 
 
@@ -87,7 +88,19 @@ def test_from_a_config(root):
     assert (dataset[0]['inputs'] == 2).all()
 
 
+def test_a_row_that_is_cut_off_in_its_split(root, warnings):
+    save(root, HEADER + ROWS + 'images/7.jpg,"[sky]",tra')
+    assert len(load(root)) == 2
+    assert warnings[0].endswith("has rows of other splits than ('train', 'val', 'test'), of ['tra']: is it cut off?")
+
+
 # ----------------------------------------------------------------------------------------------------------- errors
+
+def test_no_text(root):
+    (root / 'nus_wid_data.csv').write_bytes(b'filepath,\xff\xfe')
+    with pytest.raises(ValueError, match='nus_wid_data.csv is no text .*: get it again'):
+        load(root)
+
 
 def test_missing_files(root):
     with pytest.raises(FileNotFoundError, match=r'no annotation file .*other\.csv.*MODEL_ZOO.*digits'):

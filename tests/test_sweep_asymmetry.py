@@ -18,7 +18,8 @@ class FakeRun:
     def training(self):
         steps = np.arange(5, 1001, 5)
         gaps = np.where(steps < 100, 0.5 - 0.004 * steps, 0.1) + np.where((steps > 500) & (steps <= 600), 0.05, 0)
-        return [dict(step=int(step), gap=float(gap), gamma_neg=step / 1000, clip=0.05) for step, gap in zip(steps, gaps)]
+        return [dict(step=int(step), gap=float(gap), gamma_neg=step / 1000, clip=0.05)
+                for step, gap in zip(steps, gaps)]
 
     def evaluations(self):
         return [{'multi-label/mAP': 1., 'multi-label/CF1': 1., 'multi-label/gap': 0., 'step': 1},

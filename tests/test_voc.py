@@ -155,6 +155,18 @@ def test_damaged_annotation(root):
         VOCMultiLabel(str(root), difficult='positive')
 
 
+def test_an_image_is_listed_twice(root):
+    (root / 'ImageSets' / 'Main' / 'trainval.txt').write_text('000001\n000002\n000001\n')
+    with pytest.raises(ValueError, match="trainval.txt lists '.*000001.jpg' 2 times"):
+        VOCMultiLabel(str(root), difficult='positive')
+
+
+def test_difficult_is_a_flag(root):
+    write(root, OBJECTS | {'000003': [('dog', 'yes')]})
+    with pytest.raises(ValueError, match="000003.xml has an object of class 'dog' with difficult='yes', which is 0 or"):
+        VOCMultiLabel(str(root), difficult='positive')
+
+
 def test_empty_list(root):
     (root / 'ImageSets' / 'Main' / 'trainval.txt').write_text('')
     with pytest.raises(ValueError, match='trainval.txt lists no image'):

@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.logging import MessageHub
-from mmengine.optim import OneCycleParamScheduler
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner, load_checkpoint
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mmasl import advice
@@ -89,14 +91,14 @@ def drop_downloads(model: dict | list, key: str = 'model') -> Iterator[str]:
 def build_model(cfg: Config, notes: list[str]) -> torch.nn.Module:
     """The model as a training would start with it, but for weights that would have to be downloaded."""
     model_cfg = deepcopy(cfg.model)
-    for dropped in drop_downloads(model_cfg):
-        notes.append(f'{dropped} is no local file: random weights instead')
+    notes += [f'{dropped} is no local file: random weights instead' for dropped in drop_downloads(model_cfg)]
     with user_errors('The model cannot be built'):
         model = MODELS.build(model_cfg)
         model.init_weights()
     if cfg.get('load_from'):
         if osp.isfile(cfg.load_from):
-            load_checkpoint(model, cfg.load_from, map_location='cpu')
+            with user_errors('load_from cannot be loaded'):
+                load_checkpoint(model, cfg.load_from, map_location='cpu')
         else:
             notes.append(f'load_from = {cfg.load_from} is no local file: left out')
             cfg.load_from = None
@@ -111,7 +113,7 @@ def check_num_classes(model: torch.nn.Module, stats: LabelStats) -> None:
                              'classes: set num_classes, or metainfo.classes of the data')
 
 
-def look(model: torch.nn.Module, loader, batches: int, settings: list[Setting]) -> list[LossSite]:
+def look(model: Any, loader: DataLoader, batches: int, settings: list[Setting]) -> list[LossSite]:
     """The model's losses after the first batches. Those that were not called have no form."""
     sites = advice.find_losses(model)
     for key in ('epoch', 'iter'):  # TOOD and YOLOX read them
@@ -144,8 +146,8 @@ def render_labels(stats: LabelStats) -> str:
     what = 'objects' if detection else 'labels'
     per_image = stats.per_image
     lines = [f'{stats.images:,} images, {len(stats.classes)} classes, {stats.kind}',
-             f'{what} per image: {per_image.mean():.3g} (from {per_image.min()} to {per_image.max()}; '
-             f'{(per_image == 0).sum():,} images without any; {stats.ignored:,} {what} ignored)']
+             (f'{what} per image: {per_image.mean():.3g} (from {per_image.min()} to {per_image.max()}; '
+              f'{(per_image == 0).sum():,} images without any; {stats.ignored:,} {what} ignored)')]
     if not detection:
         lines += [f'negatives per positive: {number(stats.negatives_per_positive)}']
     rarest = stats.order[::-1]
@@ -165,7 +167,7 @@ def render_histogram(stats: LabelStats) -> str:
         counts = stats.counts[stats.counts > 0]
         edges = np.unique(np.round(np.geomspace(counts.min(), counts.max() + 1, BARS)).astype(int))
         values = np.histogram(counts, edges)[0]
-        names = [f'{low:,} to {high - 1:,}' for low, high in zip(edges, edges[1:])]
+        names = [f'{low:,} to {high - 1:,}' for low, high in pairwise(edges)]
         if stats.empty:
             names, values = ['0', *names], np.insert(values, 0, len(stats.empty))
     width = max(map(len, names))
@@ -188,13 +190,14 @@ def summarise(site: LossSite) -> str:
 
 def render_gradient(site: LossSite, suggestion: Suggestion) -> str:
     """Shares of the gradient, for the loss as it is, the author's ladder and the suggestion."""
-    names = {setting: name for name, setting in LADDER.items()}
+    names: dict[Setting, str] = {setting: name for name, setting in LADDER.items()}
     if suggestion.setting not in names:
         names[suggestion.setting] = 'suggested below'
     else:
         names[suggestion.setting] += ', suggested below'
     unit = site.settings[0, 0, 0].total
-    gradients = [(name, setting, site.settings[setting]) for setting, name in names.items()]
+    gradients: list[tuple[str, Setting | None, advice.Gradient]] = [
+        (name, setting, site.settings[setting]) for setting, name in names.items()]
     if site.own:
         gradients.insert(0, ('the config', site.setting, site.own))
     rows = [[name, name_setting(setting), f'{gradient.share:.1%}', f'{100 * (1 - gradient.share):.2g}%',
@@ -204,8 +207,8 @@ def render_gradient(site: LossSite, suggestion: Suggestion) -> str:
     form = 'held constant' if getattr(site.module, 'detach_focusing', False) else 'differentiated, Eq. 8'
     return '\n'.join([
         summarise(site),
-        f'alpha = {site.alpha} in the rows of the ladder; focusing weight {form}. Silent: without any gradient. '
-        'Size: of the gradient, against cross-entropy.', '',
+        (f'alpha = {site.alpha} in the rows of the ladder; focusing weight {form}. Silent: without any gradient. '
+         'Size: of the gradient, against cross-entropy.'), '',
         render_table(head, rows)])
 
 
@@ -244,7 +247,7 @@ def plot_labels(stats: LabelStats, path: str) -> None:
 
 def advise(cfg: Config, args: argparse.Namespace) -> Iterator[str]:
     """The paragraphs of the report."""
-    notes = []
+    notes: list[str] = []
     torch.manual_seed(0)
     with user_errors('The training data cannot be read'):
         loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
@@ -281,8 +284,8 @@ def advise(cfg: Config, args: argparse.Namespace) -> Iterator[str]:
         yield '\n'.join([
             f'(gamma_neg, gamma_pos, clip) = {name_setting(suggestion.setting)}. A starting point, not a result:',
             *(f'- {reason}' for reason in suggestion.reasons),
-            f'On these batches positives have {share:.1%} of the gradient with it, '
-            f'{site.settings[0, 0, 0].share:.1%} with cross-entropy.',
+            (f'On these batches positives have {share:.1%} of the gradient with it, '
+             f'{site.settings[0, 0, 0].share:.1%} with cross-entropy.'),
             *(['Negatives then start with next to none, so that all probabilities rise first: the head starts low.']
               if share > 0.99 and stats.kind != 'detection' else [])])
         base = './' + osp.basename(args.config)
@@ -306,7 +309,6 @@ def main() -> None:
     args = parse_args(build_parser())
     cfg = configure(args)
     logging.disable(logging.WARNING)  # of initialisation, parameter by parameter; empty classes are reported here
-    torch.serialization.add_safe_globals([OneCycleParamScheduler])  # in mmengine's checkpoints
     report = sys.stdout
     # What the libraries print is progress, not report.
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')), redirect_stdout(sys.stderr):

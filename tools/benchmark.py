@@ -1,16 +1,16 @@
 """Measures what docs/speed.md and docs/scale.md claim, and says which target falls short."""
 import argparse
-import csv
 import importlib
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from mmasl.runs import write_rows  # noqa: E402
+from mmasl.runs import fill_blocks, read_rows, write_rows
 
 PARTS = ('loss', 'kernel', 'step', 'linear', 'metrics', 'annotations')
 ORIGIN = ('commit', 'date', 'torch', 'device')
@@ -18,12 +18,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / 'docs' / 'speed.md', ROOT / 'docs' / 'scale.md', ROOT / 'README.md')
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def part_module(name: str):
+def part_module(name: str) -> Any:
     return importlib.import_module(f'tools.benchmarks.{name}')
 
 
@@ -47,36 +42,27 @@ def verdicts(name: str, rows: list[dict[str, str]]) -> str:
 def summary(rows: list[dict[str, str]]) -> str:
     """Of the losses' rows, our time and memory at the large shapes beside the fastest others'."""
     loss = part_module('loss')
-    lines = ['| logits | mmasl | fastest eager ASL | torch.compile | extra memory, in gradients: mmasl, the eager ASL |',
-             '|---|---|---|---|---|']
+    lines = [('| logits | mmasl | fastest eager ASL | torch.compile '
+              '| extra memory, in gradients: mmasl, the eager ASL |'), '|---|---|---|---|---|']
     for shape in loss.LARGE:
         ours, eager, compiled = loss.contestants(rows, shape)
         best, fastest = (min(peers, key=lambda row: float(row['time_ms'])) for peers in (eager, compiled))
-        lines.append(f"| {shape} | {float(ours['time_ms']):.1f} ms | {float(best['time_ms']):.1f} ms ({best['loss']}) | "
-                     f"{float(fastest['time_ms']):.1f} ms | {float(ours['memory_in_gradients']):.1f}, "
+        lines.append(f"| {shape} | {float(ours['time_ms']):.1f} ms | {float(best['time_ms']):.1f} ms ({best['loss']}) "
+                     f"| {float(fastest['time_ms']):.1f} ms | {float(ours['memory_in_gradients']):.1f}, "
                      f"{float(best['memory_in_gradients']):.1f} |")
     return '\n'.join(lines)
 
 
 def render(doc: str, folder: Path) -> str:
-    """The document with the blocks between ``<!-- rows: PART DEVICE -->`` and ``<!-- end -->`` made from the rows."""
-    out, rest = '', doc
-    while (start := rest.find('<!-- ')) >= 0:
-        marker, _, tail = rest[start:].partition('-->')
-        kind, _, what = marker[5:].strip().partition(': ')
-        if kind not in ('rows', 'targets', 'summary'):
-            out, rest = out + rest[:start] + marker + '-->', tail
-            continue
+    """The document with the blocks ``<!-- KIND: PART DEVICE -->`` made from the rows."""
+    def block(kind: str, what: str) -> str:
         name, device = what.split()
-        path = folder / f'{name}_{device}.csv'
-        block = f'Not measured yet: `python tools/benchmark.py {name} --device {device}`.'
-        if path.exists():
-            rows = read_rows(path)
-            block = dict(rows=table, targets=partial(verdicts, name), summary=summary)[kind](rows)
-        out += rest[:start] + marker + '-->\n' + block + '\n'
-        rest = tail[tail.index('<!-- end -->'):]
-        out, rest = out + '<!-- end -->', rest[len('<!-- end -->'):]
-    return out + rest
+        rows = read_rows(folder / f'{name}_{device}.csv')
+        if not rows:
+            return f'Not measured yet: `python tools/benchmark.py {name} --device {device}`.'
+        return table(rows) if kind == 'rows' else summary(rows) if kind == 'summary' else verdicts(name, rows)
+
+    return fill_blocks(doc, {kind: partial(block, kind) for kind in ('rows', 'targets', 'summary')})
 
 
 def main() -> None:
@@ -97,7 +83,8 @@ def main() -> None:
         print(f'== {name} on {args.device}: {part.__doc__.strip().splitlines()[0]}', flush=True)
         for row in part.measure(args.device):
             rows.append(row)
-            print(f'[{time.time() - start:5.0f} s]', ', '.join(f'{k} {v}' for k, v in row.items() if v != ''), flush=True)
+            print(f'[{time.time() - start:5.0f} s]', ', '.join(f'{k} {v}' for k, v in row.items() if v != ''),
+                  flush=True)
         write_rows(args.out / f'{name}_{args.device}.csv', rows)
         for words, measured, reached in part.targets(read_rows(args.out / f'{name}_{args.device}.csv')):
             print('reached    ' if reached else 'NOT REACHED', f'{words}: {measured}', flush=True)

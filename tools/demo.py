@@ -11,12 +11,15 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
@@ -69,8 +72,8 @@ def main() -> None:
 def origin(seconds: float) -> str:
     """Where and when the numbers were made."""
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    return (f'`make demo` at commit {commit}, {datetime.date.today()}: {os.cpu_count()} cores {platform.machine()}, torch '
-            f'{torch.__version__}, {seconds / 60:.1f} minutes.')
+    return (f'`make demo` at commit {commit}, {datetime.date.today()}: {os.cpu_count()} cores {platform.machine()}, '
+            f'torch {torch.__version__}, {seconds / 60:.1f} minutes.')
 
 
 def render_table(classifiers: dict[str, Run], detectors: dict[str, Run]) -> str:
@@ -112,7 +115,7 @@ def plot_curves(classifiers: dict[str, Run], detectors: dict[str, Run], path: Pa
 
 
 @torch.no_grad()
-def predict(run: Run):
+def predict(run: Run) -> tuple[list[np.ndarray], list, tuple[str, ...]]:
     """Images and predictions for the first samples of the test set."""
     cfg = Config.fromfile(run.config)
     init_default_scope(cfg.default_scope)
@@ -152,7 +155,7 @@ def plot_predictions(classifier: Run, detector: Run, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_box(axis, box: list[float], color: str, text: str, **style) -> None:
+def draw_box(axis: Axes, box: list[float], color: str, text: str, **style: Any) -> None:
     left, top, right, bottom = box
     axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=color, **style))
     axis.text(left, top - 1, text, color=color, fontsize=7)

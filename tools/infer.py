@@ -10,13 +10,22 @@ import mmengine
 import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.optim import OneCycleParamScheduler
 from rich.console import Console
 from rich.progress import track
 
 from mmasl.cli import is_classification, load_config, parse_args, require_file, require_gpu
-from mmasl.inferencer import (MultiLabelInferencer, UnreadableImages, class_names, list_images, load_checkpoint,
-                              load_weights, name_picture, parse_thr, thresholds, why_unreadable)
+from mmasl.inferencer import (
+    MultiLabelInferencer,
+    UnreadableImages,
+    class_names,
+    list_images,
+    load_checkpoint,
+    load_weights,
+    name_picture,
+    parse_thr,
+    thresholds,
+    why_unreadable,
+)
 
 DETECTION_THR = 0.3  # as in MMDetection's demo
 MOST_LABELS = 8  # of a line of the table
@@ -96,10 +105,9 @@ def detect(cfg: Config, args: argparse.Namespace) -> tuple[list[dict], dict[str,
     from mmdet.apis import DetInferencer
 
     with user_errors(ImportError, KeyError, OSError, TypeError, ValueError):
-        images = list_images(args.images)
-        # DetInferencer would fall back to executing what is in it, and leave weights that do not fit at random.
+        images = [str(image) for image in list_images(args.images)]
+        # DetInferencer would leave weights that do not fit at random.
         checkpoint = load_checkpoint(args.checkpoint)
-        torch.serialization.add_safe_globals([OneCycleParamScheduler])  # in mmengine's checkpoints
         if cfg.model.backbone.get('pretrained') is True:
             cfg.model.backbone.pretrained = False
         cfg.visualizer = ConfigDict(type='mmdet.DetLocalVisualizer')
@@ -111,7 +119,10 @@ def detect(cfg: Config, args: argparse.Namespace) -> tuple[list[dict], dict[str,
             source = 'has' if class_names(checkpoint) else 'names no classes, and COCO has'
             raise ValueError(f'{args.checkpoint} {source} {len(classes)}, but model.bbox_head.num_classes is {number}')
         thr = thresholds(DETECTION_THR if args.thr is None else args.thr, classes, DETECTION_THR)
-    records, unreadable, names, read = [], {}, {}, LoadImageFromFile()
+    records: list[dict] = []
+    unreadable: dict[str, str] = {}
+    names: dict[str, str] = {}
+    read = LoadImageFromFile()
     starts = range(0, len(images), args.batch_size)
     for start in track(starts, 'Inference', console=Console(stderr=True), disable=not sys.stderr.isatty()):
         batch = []

@@ -4,6 +4,7 @@ import argparse
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mmengine.config import DictAction
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def count_pairs(dataset, stats: LabelStats) -> np.ndarray:
+def count_pairs(dataset: Any, stats: LabelStats) -> np.ndarray:
     """Images with both of two labels, int64 (C, C), and with each label in the diagonal."""
     pairs = np.zeros((len(stats.classes), len(stats.classes)), np.int64)
     for index in tqdm(range(len(dataset)), desc='pairs', unit='img', unit_scale=True):
@@ -71,8 +72,8 @@ def describe(pairs: np.ndarray, stats: LabelStats) -> str:
     shared = pairs - np.diag(pairs.diagonal())
     probability = shared / pairs.diagonal().clip(1)[:, None]
     order = np.argsort(-probability, axis=None, kind='stable')[:EDGES]
-    lines = [f'{stats.images:,} images, {len(stats.classes)} classes, {(shared > 0).sum() // 2:,} pairs that occur; '
-             'the most certain of them:']
+    lines = [(f'{stats.images:,} images, {len(stats.classes)} classes, {(shared > 0).sum() // 2:,} pairs that occur; '
+              'the most certain of them:')]
     for i, j in zip(*np.unravel_index(order, pairs.shape)):
         if shared[i, j]:
             lines.append(f'  P({stats.classes[j]} | {stats.classes[i]}) = {probability[i, j]:.2f}   '
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     if pairs.sum() == pairs.trace():
         raise SystemExit(f'None of the {stats.images:,} training images of {args.config} has two labels: give a config '
                          'of a multi-label classifier')
-    arrays = dict(classes=np.array(stats.classes), cooccurrence=pairs)
+    arrays: dict[str, Any] = dict(classes=np.array(stats.classes), cooccurrence=pairs)
     if args.glove:
         arrays['embeddings'] = embed_classes(args.glove, stats.classes)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def main() -> None:
         digits = DigitScenes(**{field.name: getattr(args, field.name) for field in fields(DigitScenes)})
         digits.write(args.root, args.overwrite)
     except (ValueError, FileExistsError, ImportError) as error:
-        raise SystemExit(str(error))
+        raise SystemExit(str(error)) from error
     print(f'{args.root}: {digits.train} + {digits.val} images, {len(digits.classes)} classes')
 
 

@@ -54,7 +54,8 @@ def parse_setting(text: str) -> Setting:
     if len(numbers) not in (2, 3):
         raise argparse.ArgumentTypeError(f'{text!r} must be GAMMA_NEG,CLIP or GAMMA_POS,GAMMA_NEG,CLIP, as in 4,0.05')
     try:
-        return Setting(*[0.] * (3 - len(numbers)), *numbers)
+        gamma_pos, gamma_neg, clip = [0.] * (3 - len(numbers)) + numbers
+        return Setting(gamma_pos, gamma_neg, clip)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f'{text}: {error}') from None
 
@@ -90,15 +91,15 @@ def with_forms(settings: Sequence[Setting], form: str | None) -> dict[bool, list
     if form is None:
         groups = {detach: [s for s in settings if s.detach_focusing == detach] for detach in FORMS}
     else:
-        groups = {detach: settings for detach in FORMS if form in (str(detach), 'both')}
+        groups = {detach: list(settings) for detach in FORMS if form in (str(detach), 'both')}
     return {detach: list(dict.fromkeys(replace(s, detach_focusing=detach) for s in (CE, *group)))
             for detach, group in groups.items() if group}
 
 
 def render_table(settings: Sequence[Setting]) -> str:
     """Table 1 of the paper for any settings, as Markdown, with the measured value beside each sign."""
-    lines = ['| loss | gamma_pos, gamma_neg, clip | gradient | hard threshold | soft threshold | discard mislabelled '
-             '| continuous gradient | largest gradient | p* |', '|---|---|---|---|---|---|---|---|---|']
+    lines = [('| loss | gamma_pos, gamma_neg, clip | gradient | hard threshold | soft threshold | discard mislabelled '
+              '| continuous gradient | largest gradient | p* |'), '|---|---|---|---|---|---|---|---|---|']
     for s in settings:
         found = analyse(s)
         cells = [s.name, f'{s.gamma_pos:g}, {s.gamma_neg:g}, {s.clip:g}', FORMS[s.detach_focusing],
@@ -126,10 +127,11 @@ def draw_gradient(axes: Axes, settings: Sequence[Setting], positive: bool) -> No
         p = probabilities(setting)
         gradient = loss_and_gradient(p, setting, positive)[1].abs()
         p_star = None if positive else analyse(setting).p_star
+        mark = ''
         if p_star is not None:
-            label += f', $p^* = {p_star:.3f}$'
+            mark = f', $p^* = {p_star:.3f}$'
             axes.plot(p_star, 1, 'o', color=style['color'], markersize=5, zorder=3, clip_on=False)
-        axes.plot(p, gradient / gradient.max(), label=label, **style)
+        axes.plot(p, gradient / gradient.max(), label=label + mark, **style)
     if not positive:
         mark_regimes(axes, settings[-1])
     axes.set_ylim(0, 1.04)

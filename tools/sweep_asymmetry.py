@@ -12,16 +12,17 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy.stats import t
+from matplotlib.figure import Figure
 
 from mmasl.datasets.digits import DigitScenes
+from mmasl.paper.render import interval
 from mmasl.runs import Run, train, write_rows
 
 CONFIGS = dict(fixed='configs/resnet_asl_digits_hard.py', adaptive='configs/resnet_adaptive_digits_hard.py')
 DIGITS = DigitScenes(train=6000, long_tail=0.7, missing=0.3)
 HOOK, LOSS = 'custom_hooks.0', 'model.head.loss'
 # What was tried to make adaptive asymmetry as good as the best fixed one; the first is the hook as it comes.
-ATTEMPTS = {
+ATTEMPTS: dict[str, dict] = {
     'adaptive, target 0.1 (default)': {},
     'target 0': {f'{HOOK}.target': 0.},
     'target -0.2': {f'{HOOK}.target': -0.2},
@@ -32,7 +33,7 @@ ATTEMPTS = {
     'target 0, warm start': {f'{HOOK}.target': 0., f'{HOOK}.begin': 0.2},
     'target -0.2, warm start': {f'{HOOK}.target': -0.2, f'{HOOK}.begin': 0.2}}
 # Choices that the paper leaves open, one changed at a time, at target 0.1 from gamma_neg 0; its step is 0.58 here.
-CHOICES = {
+CHOICES: dict[str, dict] = {
     **{f'step {step:g}': {f'{HOOK}.step': step} for step in (0.1, 1.5, 4.)},
     **{f'window {window} updates': {f'{HOOK}.window': window} for window in (1, 20)},
     **{f'damping {damping}': {f'{HOOK}.damping': damping} for damping in (0, 10)},
@@ -136,12 +137,6 @@ def render_control(rows: list[dict], keys: Sequence[str]) -> list[str]:
     return lines
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval (Student's t)."""
-    count = len(values)
-    return values.mean(), t.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5 if count > 1 else np.nan
-
-
 def by_method(rows: list[dict], name: str) -> dict[str, np.ndarray]:
     """A figure by method, in the order of the seeds."""
     return {method: np.array([float(row[name]) for row in rows if row['method'] == method])
@@ -152,13 +147,14 @@ def render_seeds(rows: list[dict]) -> list[str]:
     columns = {name: by_method(rows, name) for name in ('mAP', 'CF1', 'gap', 'gamma_neg', 'clip')}
     best = max((method for method in columns['mAP'] if method.startswith('fixed')),
                key=lambda method: columns['mAP'][method].mean())
-    lines = [f'| asymmetry | mAP | mAP above {best} on the same seeds | CF1 | gap (validation) | final gamma_neg | '
-             'final margin |', '|---|---|---|---|---|---|---|']
+    lines = [(f'| asymmetry | mAP | mAP above {best} on the same seeds | CF1 | gap (validation) | final gamma_neg | '
+              'final margin |'), '|---|---|---|---|---|---|---|']
     for method, values in columns['mAP'].items():
         against = '' if method == best else '{:+.2f} ± {:.2f}'.format(*interval(values - columns['mAP'][best]))
-        rest = {name: columns[name][method].mean() for name in ('CF1', 'gap', 'gamma_neg', 'clip')}
-        lines.append('| {} | {:.2f} ± {:.2f} | {} | {CF1:.1f} | {gap:+.2f} | {gamma_neg:.1f} | {clip:.3f} |'.format(
-            method, *interval(values), against, **rest))
+        cf1, gap, gamma, margin = (columns[name][method].mean() for name in ('CF1', 'gap', 'gamma_neg', 'clip'))
+        mean, half = interval(values)
+        lines.append(f'| {method} | {mean:.2f} ± {half:.2f} | {against} | {cf1:.1f} | {gap:+.2f} | {gamma:.1f} | '
+                     f'{margin:.3f} |')
     return lines
 
 
@@ -191,8 +187,8 @@ def plot_seeds(rows: list[dict], path: Path) -> None:
     gammas = {method: values.mean() for method, values in by_method(rows, 'gamma_neg').items()}
     figure, axis = plt.subplots(figsize=(10, 4.5), layout='constrained')
     fixed = [method for method in scores if method.startswith('fixed')]
-    axis.errorbar([gammas[m] for m in fixed], *zip(*(scores[m] for m in fixed)), color='black', marker='o', capsize=3,
-                  label='fixed')
+    mean, half = zip(*(scores[method] for method in fixed))
+    axis.errorbar([gammas[method] for method in fixed], mean, half, color='black', marker='o', capsize=3, label='fixed')
     for number, method in enumerate(m for m in scores if m not in fixed):
         axis.errorbar(gammas[method], *scores[method], color=f'C{number}', marker='Ds^vP*XhHd'[number % 10],
                       capsize=3, linestyle='', label=method)
@@ -202,7 +198,7 @@ def plot_seeds(rows: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def save(figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, metadata=dict(Date=None))
     plt.close(figure)
 

@@ -4,6 +4,7 @@ import os.path as osp
 import re
 import zipfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class FeatureMapHead(CalibratedPredictions, MultiLabelClsHead):
     def __init__(self,
                  num_classes: int,
                  in_channels: int,
-                 loss: dict | nn.Module = dict(type='CrossEntropyLoss', use_sigmoid=True),
+                 loss: dict | nn.Module = dict(type='mmpretrain.CrossEntropyLoss', use_sigmoid=True),
                  thr: float | None = None,
                  topk: int | None = None,
                  init_cfg: dict | list[dict] | None = None) -> None:
@@ -50,7 +51,7 @@ class FeatureMapHead(CalibratedPredictions, MultiLabelClsHead):
         self.num_classes = num_classes
         self.in_channels = in_channels
 
-    def _base(self, loss: nn.Module):
+    def _base(self, loss: nn.Module) -> Any:
         return super() if isinstance(loss, AsymmetricLoss) else super(CalibratedPredictions, self)
 
     def _get_predictions(self, cls_score: Tensor, data_samples: list[DataSample] | None) -> list[DataSample]:
@@ -66,7 +67,7 @@ class FeatureMapHead(CalibratedPredictions, MultiLabelClsHead):
                 "model.neck=None; a vision transformer gives a map with model.backbone.out_type='featmap'")
         return x
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for key in [key for key in state_dict if key.startswith(prefix)]:
             for pattern, target in self.official_names.items():
                 name, convert = (target, None) if isinstance(target, str) else target

@@ -1,5 +1,6 @@
 """ML-GCN (arXiv 1904.03582): a graph of the labels that occur together makes the classifiers of all classes."""
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class LabelGraphHead(FeatureMapHead):
                  hidden_channels: int = 1024,
                  threshold: float = 0.4,
                  neighbor_weight: float = 0.2,
-                 **kwargs) -> None:
+                 **kwargs: Any) -> None:
         super().__init__(num_classes, in_channels, **kwargs)
         vectors = torch.eye(num_classes) if label_embeddings is None else load_label_embeddings(
             label_embeddings, num_classes)

@@ -1,5 +1,6 @@
 """ML-Decoder (arXiv 2111.12933): queries look at the feature map, and each decides a group of classes."""
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class MLDecoderHead(FeatureMapHead):
                  dropout: float = 0.1,
                  learnable_queries: bool = False,
                  label_embeddings: str | Sequence[Sequence[float]] | Tensor | None = None,
-                 **kwargs) -> None:
+                 **kwargs: Any) -> None:
         super().__init__(num_classes, in_channels, **kwargs)
         self.proj = nn.Linear(in_channels, embed_dims)
         self.dropout = nn.Dropout(dropout)
@@ -74,7 +75,8 @@ class MLDecoderHead(FeatureMapHead):
         self.layer = attention_layer('cross_attn', 'norm', 'ffn', 'norm', embed_dims=embed_dims, num_heads=num_heads,
                                      feedforward_channels=feedforward_channels, dropout=dropout)
         self.zero_shot = label_embeddings is not None
-        if self.zero_shot:
+        self.fc: nn.Module
+        if label_embeddings is not None:
             if num_groups is not None or learnable_queries:
                 raise ValueError(f'num_groups={num_groups} and learnable_queries={learnable_queries} do not go with '
                                  'label_embeddings, which are the queries: leave them out of model.head')

@@ -1,4 +1,6 @@
 """MMPretrain's multi-label heads with calibrated predictions, as mmasl.MultiLabelLinearClsHead and so on."""
+from typing import Any
+
 import torch
 from mmpretrain.models import heads
 from mmpretrain.structures import DataSample
@@ -10,15 +12,20 @@ from mmasl.ops.linear_asymmetric_loss import linear_asymmetric_loss
 from mmasl.registry import MODELS
 
 
-def calibration_settings(loss: nn.Module) -> dict[str, object]:
+def calibration_settings(loss: nn.Module) -> dict[str, Any]:
     """The arguments that :func:`mmasl.ops.posterior` and its kin need from the loss that a model was trained with.
 
     Raises:
         TypeError: The loss is no :class:`mmasl.AsymmetricLoss`.
+        ValueError: Its labels without annotation have a focusing parameter of their own.
     """
     if not isinstance(loss, AsymmetricLoss):
         raise TypeError(f'{type(loss).__module__}.{type(loss).__name__} has no posterior in closed form: train with '
                         "loss=dict(type='mmasl.AsymmetricLoss', ...), or use MMPretrain's own head")
+    if loss.gamma_unannotated is not None:
+        raise ValueError(f'gamma_unannotated={loss.gamma_unannotated.tolist()} leaves no posterior in closed form: it '
+                         'would take to know how many labels of an image are annotated. Leave it at None, which is '
+                         "gamma_neg, or use MMPretrain's own head")
     return {name: getattr(loss, name) for name in ('gamma_neg', 'clip', 'detach_focusing', 'gamma_pos', 'alpha')}
 
 
@@ -36,8 +43,10 @@ class CalibratedPredictions:
         TypeError: The head's loss is no :class:`mmasl.AsymmetricLoss`.
         ValueError: The calibrated score of a class cannot exceed ``thr``.
     """
+    loss_module: Any
+    thr: float | None
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         cap = posterior_cap(**calibration_settings(self.loss_module)).min().item()
         if self.thr is not None and cap <= self.thr:
@@ -45,7 +54,7 @@ class CalibratedPredictions:
                              f'gamma_pos=0 the calibrated score stays below {cap:.3g}; lower clip or thr')
 
     def _get_predictions(self, cls_score: Tensor, data_samples: list[DataSample] | None) -> list[DataSample]:
-        data_samples = super()._get_predictions(cls_score, data_samples)
+        data_samples = super()._get_predictions(cls_score, data_samples)  # type: ignore[misc]  # the head's
         scores = posterior(cls_score, **calibration_settings(self.loss_module))
         for data_sample, score in zip(data_samples, scores):
             data_sample.set_field(score, 'calibrated_score')
@@ -72,10 +81,11 @@ class MultiLabelLinearClsHead(CalibratedPredictions, heads.MultiLabelLinearClsHe
         chunk_size: Classes at a time in the loss; None for all at once, through the logits.
 
     Raises:
-        ValueError: ``chunk_size`` is no number of classes, or the loss has ``reduction='none'`` or ``activated=True``.
+        ValueError: ``chunk_size`` is no number of classes, or the loss has ``reduction='none'``, ``activated=True``, or
+            a weight of labels without annotation.
     """
 
-    def __init__(self, *args, chunk_size: int | None = None, **kwargs) -> None:
+    def __init__(self, *args: Any, chunk_size: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if chunk_size is not None:
             if chunk_size < 1:
@@ -83,9 +93,12 @@ class MultiLabelLinearClsHead(CalibratedPredictions, heads.MultiLabelLinearClsHe
             if self.loss_module.reduction == 'none' or self.loss_module.activated:
                 raise ValueError(f'chunk_size={chunk_size} needs a loss of logits that is added up as it is made: set '
                                  "reduction='mean' or 'sum' in the loss, and not activated=True")
+            if self.loss_module.weight_unannotated:
+                raise ValueError(f'chunk_size={chunk_size} does not know labels without annotation: leave out '
+                                 f'chunk_size, or weight_unannotated={self.loss_module.weight_unannotated} in the loss')
         self.chunk_size = chunk_size
 
-    def loss(self, feats: tuple[Tensor, ...], data_samples: list[DataSample], **kwargs) -> dict[str, Tensor]:
+    def loss(self, feats: tuple[Tensor, ...], data_samples: list[DataSample], **kwargs: Any) -> dict[str, Tensor]:
         if self.chunk_size is None:
             return super().loss(feats, data_samples, **kwargs)
         if kwargs:
@@ -98,7 +111,7 @@ class MultiLabelLinearClsHead(CalibratedPredictions, heads.MultiLabelLinearClsHe
             features, self.fc.weight, self.fc.bias, self._target(data_samples, features.device),
             ignore_index=loss.ignore_index, scale=loss.loss_weight / divisor, chunk_size=self.chunk_size,
             return_sums=track, implementation=loss.implementation, **calibration_settings(loss))
-        if track:
+        if isinstance(value, tuple):
             value, sums = value
             loss.probability_sums = sums if loss.probability_sums is None else loss.probability_sums + sums
         return dict(loss=value)

@@ -1,6 +1,8 @@
 """Query2Label (arXiv 2107.10834): a learned embedding of each label asks the feature map whether the label is there."""
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from mmengine.model import ModuleList
@@ -55,7 +57,7 @@ class Query2LabelHead(FeatureMapHead):
                  self_attention: bool = False,
                  dropout: float = 0.1,
                  init_cfg: dict | list[dict] | None = dict(type='Xavier', layer='Linear', distribution='uniform'),
-                 **kwargs) -> None:
+                 **kwargs: Any) -> None:
         super().__init__(num_classes, in_channels, init_cfg=init_cfg, **kwargs)
         self.proj = nn.Identity() if embed_dims is None else nn.Conv2d(in_channels, embed_dims, 1)
         embed_dims = in_channels if embed_dims is None else embed_dims
@@ -65,13 +67,13 @@ class Query2LabelHead(FeatureMapHead):
         if num_decoder_layers < 1 or num_encoder_layers < 0:
             raise ValueError(f'num_decoder_layers={num_decoder_layers} must be at least 1 and '
                              f'num_encoder_layers={num_encoder_layers} at least 0: change model.head')
-        sizes = dict(embed_dims=embed_dims, num_heads=num_heads, feedforward_channels=feedforward_channels,
-                     dropout=dropout)
+        layer_of = partial(attention_layer, embed_dims=embed_dims, num_heads=num_heads,
+                           feedforward_channels=feedforward_channels, dropout=dropout)
         self.encoder = ModuleList(
-            attention_layer('self_attn', 'norm', 'ffn', 'norm', **sizes) for _ in range(num_encoder_layers))
+            layer_of('self_attn', 'norm', 'ffn', 'norm') for _ in range(num_encoder_layers))
         looks = ('self_attn', 'norm')
         self.decoder = ModuleList(
-            attention_layer(*looks * (self_attention and n > 0), 'cross_attn', 'norm', 'ffn', 'norm', **sizes)
+            layer_of(*looks * (self_attention and n > 0), 'cross_attn', 'norm', 'ffn', 'norm')
             for n in range(num_decoder_layers))
         self.norm = nn.LayerNorm(embed_dims)
         self.queries = nn.Parameter(torch.randn(num_classes, embed_dims))

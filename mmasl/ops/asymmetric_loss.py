@@ -9,7 +9,8 @@ The terms with g+ and g- as factors are the gradient through the focusing weight
 Here are the arguments, their checks and autograd; the arithmetic is in :mod:`mmasl.ops.eager`, and for speed again in
 :mod:`mmasl.ops.fused` (GPU) and :mod:`mmasl.ops.compiled` (CPU).
 """
-from typing import Optional
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from . import compiled, eager
 try:
     from . import fused
 except ImportError:  # no Triton, which comes with torch's CUDA builds
-    fused = None
+    fused = None  # type: ignore[assignment]
 
 Parameter = float | Tensor
 # Not in torch 2.4 and 2.5: there the gradient is never scaled in place.
@@ -130,26 +131,28 @@ def _pick(implementation: str | None, logits: Tensor) -> str:
     return implementation
 
 
-def _run(implementation: str):
+def _run(implementation: str) -> Callable[..., tuple[Any, Any, Any]]:
     return {'triton': fused, 'inductor': compiled, 'eager': eager}[implementation].run
 
 
 @torch.library.custom_op('mmasl::asymmetric_loss', mutates_args=())
-def _forward(logits: Tensor, target: Tensor, quality: Optional[Tensor], weight: Optional[Tensor], gamma_pos: Tensor,
-             gamma_neg: Tensor, clip: Tensor, scale: Tensor, alpha: Optional[float], detach_focusing: bool,
-             ignore_index: Optional[int], reduction: str, implementation: str, need_grad: bool,
+def _forward(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor | None, gamma_pos: Tensor,
+             gamma_neg: Tensor, clip: Tensor, scale: Tensor, alpha: float | None, detach_focusing: bool,
+             ignore_index: int | None, reduction: str, implementation: str, need_grad: bool,
              need_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, its gradient if it is to be kept, and the probability sums; empty tensors for what is not needed."""
-    outputs = _run(implementation)(
-        logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing,
-                  ignore_index, reduction, need_loss=True, need_grad=need_grad and _keeps_gradient(logits, reduction),
-                  need_sums=need_sums, upstream=None)
-    return tuple(logits.new_empty(0) if x is None else x for x in outputs)
+    loss, grad, sums = (logits.new_empty(0) if x is None else x for x in _run(implementation)(
+        logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing, ignore_index,
+        reduction, need_loss=True, need_grad=need_grad and _keeps_gradient(logits, reduction), need_sums=need_sums,
+        upstream=None))
+    return loss, grad, sums
 
 
 @_forward.register_fake
-def _(logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing, ignore_index,
-      reduction, implementation, need_grad, need_sums):
+def _(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor | None, gamma_pos: Tensor,
+      gamma_neg: Tensor, clip: Tensor, scale: Tensor, alpha: float | None, detach_focusing: bool,
+      ignore_index: int | None, reduction: str, implementation: str, need_grad: bool,
+      need_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
     like = _like(implementation)
     loss = (like(logits, gamma_neg.dtype) if reduction == 'none' else
             gamma_neg.new_empty(logits.shape[:-1] if reduction == 'rows' else ()))
@@ -158,22 +161,24 @@ def _(logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha,
 
 
 @torch.library.custom_op('mmasl::asymmetric_loss_backward', mutates_args=())
-def _gradient(upstream: Tensor, logits: Tensor, target: Tensor, quality: Optional[Tensor], weight: Optional[Tensor],
-              gamma_pos: Tensor, gamma_neg: Tensor, clip: Tensor, scale: Tensor, alpha: Optional[float],
-              detach_focusing: bool, ignore_index: Optional[int], reduction: str, implementation: str) -> Tensor:
+def _gradient(upstream: Tensor, logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor | None,
+              gamma_pos: Tensor, gamma_neg: Tensor, clip: Tensor, scale: Tensor, alpha: float | None,
+              detach_focusing: bool, ignore_index: int | None, reduction: str, implementation: str) -> Tensor:
     """Gradient by the logits, multiplied by the loss's ``upstream`` before it is rounded to the logits' dtype."""
-    return _run(implementation)(
+    _, grad, _ = _run(implementation)(
         logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing, ignore_index,
-        reduction, need_loss=False, need_grad=True, need_sums=False, upstream=upstream)[1]
+        reduction, need_loss=False, need_grad=True, need_sums=False, upstream=upstream)
+    return grad
 
 
 @_gradient.register_fake
-def _(upstream, logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing,
-      ignore_index, reduction, implementation):
+def _(upstream: Tensor, logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor | None,
+      gamma_pos: Tensor, gamma_neg: Tensor, clip: Tensor, scale: Tensor, alpha: float | None, detach_focusing: bool,
+      ignore_index: int | None, reduction: str, implementation: str) -> Tensor:
     return _like(implementation)(logits, logits.dtype)
 
 
-def _like(implementation: str):
+def _like(implementation: str) -> Callable[[Tensor, torch.dtype], Tensor]:
     return fused.like if implementation == 'triton' else lambda x, dtype: x.new_empty(x.shape, dtype=dtype)
 
 
@@ -182,8 +187,8 @@ def _keeps_gradient(logits: Tensor, reduction: str) -> bool:
     return reduction != 'none' and logits.dtype != torch.float16
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    loss, grad, sums = output
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, grad, sums = output
     ctx.mark_non_differentiable(grad, sums)
     ctx.set_materialize_grads(False)
     *tensors, ctx.alpha, ctx.detach_focusing, ctx.ignore_index, ctx.reduction, ctx.implementation, _, _ = inputs
@@ -192,7 +197,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 @once_differentiable
-def _backward(ctx, upstream, *_):
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     none = [None] * 14
     if upstream is None:
         return None, *none
@@ -238,7 +243,7 @@ def _parameter(value: Parameter, logits: Tensor, name: str) -> Tensor:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=dtype, device=logits.device)
-    if value.dim() > 1 or value.dim() == 1 and (not logits.dim() or len(value) != logits.shape[-1]):
+    if value.dim() > 1 or (value.dim() == 1 and (not logits.dim() or len(value) != logits.shape[-1])):
         raise ValueError(f'{name} of shape {tuple(value.shape)} does not fit logits of shape {tuple(logits.shape)}: '
                          'give a number or one value per class')
     return value.to(logits.device, dtype)

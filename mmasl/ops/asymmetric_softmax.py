@@ -1,7 +1,7 @@
 """Asymmetric focusing over a softmax, for one label a sample: in the authors' code, but not in the paper."""
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Optional
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -14,7 +14,7 @@ from .asymmetric_loss import _pick, _scaled
 try:
     from . import fused_softmax
 except ImportError:  # no Triton
-    fused_softmax = None
+    fused_softmax = None  # type: ignore[assignment]
 
 
 def asymmetric_softmax_loss(logits: Tensor,
@@ -75,16 +75,18 @@ def asymmetric_softmax_loss(logits: Tensor,
 
 @torch.library.custom_op('mmasl::asymmetric_softmax_loss', mutates_args=())
 def _forward(logits: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
-             ignore_index: Optional[int], implementation: str, need_grad: bool) -> tuple[Tensor, Tensor]:
+             ignore_index: int | None, implementation: str, need_grad: bool) -> tuple[Tensor, Tensor]:
     """Loss of each sample, and the gradient of their sum or an empty tensor."""
-    runs = dict(triton=fused_softmax and fused_softmax.run, inductor=_run_compiled, eager=_run_eager)
+    run = (fused_softmax.run if implementation == 'triton' else
+           _run_compiled if implementation == 'inductor' else _run_eager)
     z, y = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    loss, grad = runs[implementation](z, y, gamma_pos, gamma_neg, smoothing, ignore_index, need_grad, _kept_dtype(logits))
+    loss, grad = run(z, y, gamma_pos, gamma_neg, smoothing, ignore_index, need_grad, _kept_dtype(logits))
     return loss.reshape(labels.shape), logits.new_empty(0) if grad is None else grad.reshape(logits.shape)
 
 
 @_forward.register_fake
-def _(logits, labels, gamma_pos, gamma_neg, smoothing, ignore_index, implementation, need_grad):
+def _(logits: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float, ignore_index: int | None,
+      implementation: str, need_grad: bool) -> tuple[Tensor, Tensor]:
     loss = logits.new_empty(labels.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
     return loss, logits.new_empty(logits.shape, dtype=_kept_dtype(logits)) if need_grad else logits.new_empty(0)
 
@@ -94,7 +96,7 @@ def _kept_dtype(logits: Tensor) -> torch.dtype:
     return torch.float32 if logits.dtype == torch.float16 else logits.dtype
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
@@ -102,9 +104,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 @once_differentiable
-def _backward(ctx, upstream, _):
-    grad = None if upstream is None else eager.saturate(
-        _scaled(ctx.saved_tensors[0], upstream), ctx.dtype)
+def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    grad = None if upstream is None else eager.saturate(_scaled(ctx.saved_tensors[0], upstream), ctx.dtype)
     return grad, *[None] * 7
 
 
@@ -119,7 +120,7 @@ def _run_eager(z: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, sm
     dtype = torch.promote_types(z.dtype, torch.float32)
     sums, gradient = _compile() if compiled else (_sums, _gradient)
     share = smoothing / classes
-    grad = None if not need_grad or compiled else z.new_empty(z.shape, dtype=grad_dtype)
+    grad = z.new_empty(z.shape if need_grad and not compiled else 0, dtype=grad_dtype)
     losses = []
     for block in eager.blocks(rows, classes, z.device.type == 'cpu' and not compiled):
         y = labels[block].long().unsqueeze(-1)
@@ -136,7 +137,7 @@ def _run_eager(z: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, sm
         # p_y is the sigmoid of the label's lead over all others: that keeps 1 - p_y exact where p_y rounds to 1.
         lead = z_b.gather(-1, y) - top - log_sum
         loss, slope, rest = eager.negative_part(-lead, gamma_pos, 0., False, True)  # rest = 1 - p_y
-        loss, slope = weight * loss, -weight * slope
+        loss, slope = weight * loss, -weight * slope  # type: ignore[operator]  # which is not None here
         log_all = log_sum - torch.nn.functional.logsigmoid(-lead)
         total = torch.zeros_like(loss)
         if smoothing:
@@ -153,11 +154,14 @@ def _run_eager(z: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, sm
                 grad = block_grad.to(grad_dtype)
             else:
                 grad[block] = block_grad
-    return torch.cat(losses).squeeze(-1) if losses else z.new_empty(0, dtype=dtype), grad
+    loss = torch.cat(losses).squeeze(-1) if losses else z.new_empty(0, dtype=dtype)
+    return loss, grad if need_grad else None
 
 
-def _run_compiled(*args) -> tuple[Tensor, Tensor | None]:
-    return _run_eager(*args, compiled=len(args[0]) > 0)
+def _run_compiled(z: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
+                  ignore_index: int | None, need_grad: bool, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return _run_eager(z, labels, gamma_pos, gamma_neg, smoothing, ignore_index, need_grad, grad_dtype,
+                      compiled=len(z) > 0)
 
 
 @lru_cache

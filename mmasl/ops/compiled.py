@@ -1,6 +1,8 @@
-"""The loss, its gradient and the probability sums as one C++ loop that torch.compile makes, for large logits on the CPU.
+"""The loss, its gradient and the probability sums as one C++ loop by torch.compile, for large logits on the CPU.
 
-Eager operations take longer there, even over blocks that fit the cache (docs/speed.md)."""
+Eager operations take longer there, even over blocks that fit the cache (docs/speed.md).
+"""
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -19,8 +21,8 @@ def obstacle() -> str:
     try:
         import torch._dynamo
         from torch._inductor.cpp_builder import get_cpp_compiler
-        torch._dynamo.config.recompile_limit  # of torch 2.6 and later
-        get_cpp_compiler()
+        with torch._dynamo.config.patch(recompile_limit=64):  # as below; from torch 2.6 on
+            get_cpp_compiler()
     except Exception as error:  # it has had several classes
         return f'torch.compile, or a C++ compiler for it, is missing ({error})'
     return ''
@@ -39,20 +41,21 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
     rows, dense = len(z), quality is None and target.shape == logits.shape
     y = target.reshape(z.shape) if dense else target.reshape(rows, 1)
     # A guess by the first row; hard targets are computed faster.
-    soft = quality is not None or dense and target.is_floating_point() and bool(y[0].frac().any())
+    soft = quality is not None or (dense and target.is_floating_point() and bool(y[0].frac().any()))
     if weight is not None:
         weight = weight.expand(logits.shape).reshape(z.shape)
     if upstream is not None and upstream.dim():
         upstream = upstream.reshape(z.shape if reduction == 'none' else (rows, 1))
-    for soft in (soft, True):
+    for may_be_soft in (soft, True):
         # One function for all forms of a loss: 8 variants, PyTorch's limit, are too few.
         with torch._dynamo.config.patch(recompile_limit=64):
-            loss, grad, sums = _compile(soft, dense)(
+            loss, grad, sums = _compile(may_be_soft, dense)(
                 z, y, None if quality is None else quality.reshape(rows, 1), weight, gamma_pos, gamma_neg, clip, scale,
-                alpha, detach_focusing, ignore_index, reduction, need_loss, need_grad, need_sums, upstream, soft, dense)
+                alpha, detach_focusing, ignore_index, reduction, need_loss, need_grad, need_sums, upstream,
+                may_be_soft, dense)
         if not (loss if need_loss else grad).isnan().any():
             break
-        if soft or not dense or not target.is_floating_point():
+        if may_be_soft or not dense or not target.is_floating_point():
             return eager.run(*arguments)  # which names a target out of range
     if loss is not None:
         loss = loss.reshape({'none': logits.shape, 'rows': logits.shape[:-1], 'sum': ()}[reduction])
@@ -60,14 +63,16 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
 
 
 @lru_cache
-def _compile(soft: bool, dense: bool):
+def _compile(soft: bool, dense: bool) -> Callable:
     print_log(f'the loss is compiled for {"soft" if soft else "hard"} {"dense targets" if dense else "labels"} on the '
               "CPU, once: half a minute (implementation='eager' does without)", 'current')
     return torch.compile(_formula, dynamic=True)
 
 
-def _formula(z, y, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing, ignore_index, reduction,
-             need_loss, need_grad, need_sums, upstream, soft, dense):
+def _formula(z: Tensor, y: Tensor, quality: Tensor | None, weight: Tensor | None, gamma_pos: Tensor, gamma_neg: Tensor,
+             clip: Tensor, scale: Tensor, alpha: float | None, detach_focusing: bool, ignore_index: int | None,
+             reduction: str, need_loss: bool, need_grad: bool, need_sums: bool, upstream: Tensor | None, soft: bool,
+             dense: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Elementwise throughout, so that it becomes one loop.
 
     A target out of range, or soft where none is expected, becomes NaN.
@@ -117,7 +122,7 @@ def _formula(z, y, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, de
     return loss if need_loss else None, grad if need_grad else None, sums
 
 
-def _negative_part(z, gamma, clip, detach_focusing):
+def _negative_part(z: Tensor, gamma: Tensor, clip: Tensor, detach_focusing: bool) -> tuple[Tensor, ...]:
     """-L-, its derivative by z, p and q = 1 - p, for z of any size, as in :mod:`mmasl.ops.eager`."""
     e = (-z.abs()).exp()
     r = 1 / (1 + e)

@@ -27,25 +27,24 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
     weight = None if weight is None else weight.expand(logits.shape).reshape(z.shape)
     factor = scale if upstream is None else scale * upstream.to(dtype).reshape(
         {'none': z.shape, 'rows': (rows, 1), 'sum': ()}[reduction])
-    if on_cpu:  # known numbers allow for shorter formulas
-        gamma_pos, gamma_neg, clip = (x if x.dim() else x.item() for x in (gamma_pos, gamma_neg, clip))
-        factor = factor if factor.dim() else factor.item()
+    # On the CPU known numbers allow for shorter formulas.
+    g_pos, g_neg, m, times = (x.item() if on_cpu and not x.dim() else x for x in (gamma_pos, gamma_neg, clip, factor))
 
-    grad = z.new_empty(z.shape) if need_grad else None
+    grad = z.new_empty(z.shape if need_grad else 0)
 
     def run_block(block: slice) -> tuple[Tensor | None, Tensor | None]:
         z_b = z[block].to(dtype).contiguous()
         out = grad[block] if need_grad and grad.dtype == dtype else None
-        neg_loss, neg_grad, p = negative_part(z_b, gamma_neg, clip, detach_focusing, need_grad, out)
+        neg_loss, neg_grad, p = negative_part(z_b, g_neg, m, detach_focusing, need_grad, out)
         labels = _Dense(target[block], ignore_index, block.start, dtype) if dense else _Labels(
             target[block], None if quality is None else quality[block], classes, ignore_index, block.start, dtype)
-        pos_loss, pos_grad, _ = negative_part(-labels.positives(z_b), labels.parameter(gamma_pos), 0., detach_focusing,
+        pos_loss, pos_grad, _ = negative_part(-labels.positives(z_b), labels.parameter(g_pos), 0., detach_focusing,
                                               need_grad)
         w = None if weight is None else weight[block]
-        if need_grad:
+        if neg_grad is not None and pos_grad is not None:
             block_grad = labels.mix(neg_grad, pos_grad.neg_(), alpha, w)
-            if isinstance(factor, Tensor) or factor != 1:
-                block_grad *= factor[block] if isinstance(factor, Tensor) and factor.dim() else factor
+            if isinstance(times, Tensor) or times != 1:
+                block_grad *= times[block] if isinstance(times, Tensor) and times.dim() else times
             if block_grad is not out:
                 grad[block] = saturate(block_grad, logits.dtype)
         sums = _probability_sums(p, labels, w) if need_sums else None
@@ -54,10 +53,11 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
         loss = labels.mix(neg_loss, pos_loss, alpha, w)
         return loss if reduction == 'none' else loss.sum() if reduction == 'sum' else loss.sum(1), sums
 
-    losses, sums = [], torch.zeros(4, classes, dtype=dtype, device=z.device) if need_sums else None
+    losses, sums = [], torch.zeros(4, classes if need_sums else 0, dtype=dtype, device=z.device)
     for block_loss, block_sums in map(run_block, blocks(rows, classes, on_cpu)):
-        losses.append(block_loss)
-        if need_sums:
+        if block_loss is not None:
+            losses.append(block_loss)
+        if block_sums is not None:
             sums += block_sums
     if need_loss:
         if reduction == 'sum':
@@ -66,7 +66,8 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
             loss = torch.cat(losses) if losses else z.new_empty(0, dtype=dtype)
             loss = loss.reshape(logits.shape[:-1] if reduction == 'rows' else logits.shape)
         loss *= scale
-    return loss if need_loss else None, grad.reshape(logits.shape) if need_grad else None, sums
+    return (loss if need_loss else None, grad.reshape(logits.shape) if need_grad else None,
+            sums if need_sums else None)
 
 
 def blocks(rows: int, classes: int, on_cpu: bool) -> list[slice]:
@@ -96,7 +97,7 @@ def negative_part(z: Tensor, gamma: float | Tensor, clip: float | Tensor, detach
         elif need_grad:
             grad = torch.div(p_m if gamma else p >= clip, q + clip, out=out)
             grad = (grad if detach_focusing else grad.add_(log_term, alpha=gamma)).mul_(q)
-        if need_grad and (gamma or clip):
+        if grad is not None and (gamma or clip):
             grad = grad.mul_(p) if power is None else grad.mul_(p).mul_(power)
         loss = log_term.mul_(p_m) if gamma else log_term
         return loss if power is None else loss.mul_(power), grad, p
@@ -216,8 +217,8 @@ def in_range(x: Tensor, high: int, name: str, allowed: str, start: int = 0) -> T
     if x.numel() and x.dtype != torch.bool:
         low, top = x.aminmax()
         if not (low >= 0 and top <= high):
-            row, *rest = (~((x >= 0) & (x <= high))).nonzero()[0].tolist()
-            raise ValueError(f'{name} {x[(row, *rest)].item()} at {[start + row, *rest]} is out of range, which is '
+            row, *rest = place = (~((x >= 0) & (x <= high))).nonzero()[0].tolist()
+            raise ValueError(f'{name} {x[tuple(place)].item()} at {[start + row, *rest]} is out of range, which is '
                              f'{allowed}; set ignore_index if it marks an entry to leave out')
     return x
 

@@ -81,7 +81,7 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
             if x is None:
                 return None, 0, 0, 0
             x = x.expand(logits.shape).reshape(outer, inner, classes)
-            return x, *x.stride()
+            return x, x.stride(0), x.stride(1), x.stride(2)
 
         target = target.view(torch.uint8) if target.dtype == torch.bool else target
         target, *target_strides = (target.reshape(-1), inner, 1, 0) if has_labels else strides(target)
@@ -96,7 +96,7 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
                 *target_strides, *weight_strides, *upstream_strides,
                 1. if alpha is None else alpha, 1. if alpha is None else 1 - alpha, ignore_index,
                 HAS_LABELS=has_labels,
-                MAY_BE_SOFT=quality is not None or not has_labels and target.is_floating_point(),
+                MAY_BE_SOFT=quality is not None or (not has_labels and target.is_floating_point()),
                 PER_CLASS_POS=gamma_pos.dim() == 1, PER_CLASS_NEG=gamma_neg.dim() == 1, PER_CLASS_CLIP=clip.dim() == 1,
                 DETACH=detach_focusing, LOSS=MODES[reduction] if need_loss else 0, BLOCK_R=block_r, BLOCK_C=block_c)
     if need_loss and reduction != 'none':
@@ -114,8 +114,8 @@ def scale_(grad: Tensor, factor: Tensor) -> Tensor:
 
 def _class_block(classes: int, stride_class: int) -> int:
     """Classes of a tile, a power of two that leaves few of its places empty."""
-    sizes = (16, 32, 64, 128) if stride_class == 1 else (1, 2, 4, 8)
-    sizes = [size for size in sizes if size <= triton.next_power_of_2(classes)] or [triton.next_power_of_2(classes)]
+    least = triton.next_power_of_2(classes)
+    sizes = [size for size in ((16, 32, 64, 128) if stride_class == 1 else (1, 2, 4, 8)) if size <= least] or [least]
     return min(sizes, key=lambda size: (round(triton.cdiv(classes, size) * size / classes, 1), -size))
 
 

@@ -6,6 +6,7 @@ C columns exists. All gradients are made in the forward pass; backward scales th
 """
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,23 +107,24 @@ class _LinearLoss(torch.autograd.Function):
     """A loss that is a sum over classes, of the logits of a linear classifier."""
 
     @staticmethod
-    def forward(ctx, features, weight, bias, loss_of, chunk_size):
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, loss_of: Callable,
+                chunk_size: int) -> tuple[Tensor, Tensor]:
         of_features, of_weight, of_bias = ctx.needs_input_grad[:3]
         # That of F.linear: autocast's where it is on.
         dtype = F.linear(features[:0], weight[:0], None if bias is None else bias[:0]).dtype
         x = features.to(dtype)
         grad_features = torch.zeros_like(x, dtype=torch.promote_types(dtype, torch.float32)) if of_features else None
         grad_weight = torch.empty_like(weight) if of_weight else None
-        grad_bias = torch.empty_like(bias) if of_bias else None
-        losses, sums = [], []
+        grad_bias = torch.empty_like(bias) if bias is not None and of_bias else None
+        losses, all_sums = [], []
         for start in range(0, len(weight), chunk_size):
             classes = slice(start, min(start + chunk_size, len(weight)))
+            of_chunk = [None if whole is None else whole[classes] for whole in (bias, grad_weight, grad_bias)]
             chunk_loss, chunk_sums = _chunk(
-                x, weight[classes], None if bias is None else bias[classes], partial(loss_of, classes=classes),
-                grad_features, grad_weight[classes] if of_weight else None, grad_bias[classes] if of_bias else None)
+                x, weight[classes], of_chunk[0], partial(loss_of, classes=classes), grad_features, *of_chunk[1:])
             losses.append(chunk_loss)
-            sums.append(chunk_sums)
-        loss, sums = torch.stack(losses).sum(), torch.cat(sums, -1)
+            all_sums.append(chunk_sums)
+        loss, sums = torch.stack(losses).sum(), torch.cat(all_sums, -1)
         ctx.features_dtype = features.dtype
         ctx.save_for_backward(grad_features, grad_weight, grad_bias)
         ctx.mark_non_differentiable(sums)
@@ -130,7 +132,7 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, _):
+    def backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         of_features, *of_parameters = (None if grad is None else _scaled(grad, upstream) for grad in ctx.saved_tensors)
         of_features = None if of_features is None else of_features.to(ctx.features_dtype)
         return of_features, *of_parameters, None, None
@@ -237,6 +239,6 @@ def _in_range(index: Tensor, high: int, name: str, allowed: str = '') -> Tensor:
     """``index`` where it lies in 0 to ``high``, else an error, or UNKNOWN where looking at it would cost a wait."""
     known = (index >= 0) & (index <= high)
     if index.device.type == 'cpu' and not known.all():
-        place = (~known).nonzero()[0].item()
+        place = int((~known).nonzero()[0])
         raise ValueError(f'{name} {index[place].item()} at [{place}] is out of range, which is 0 to {high}{allowed}')
     return torch.where(known, index, UNKNOWN)

@@ -7,16 +7,16 @@ The default sizes end at COCO's training set and a tenth of Open Images'; MMASL_
 import csv
 import json
 import os
-import re
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from .measure import in_process
+from .measure import in_process, memory_of_process
 
 MIB = 2**20
 COCO_SIZES = (5_000, 20_000, 82_783)
@@ -91,12 +91,12 @@ def write_open_images(folder: Path, images: int) -> Path:
 
 # --- what is measured, each in a process of its own
 
-def load_coco(path: Path):
+def load_coco(path: Path) -> Dataset:
     from mmasl.datasets.coco import CocoMultiLabel
     return CocoMultiLabel(str(path), data_prefix=dict(img_path=str(path.parent)))
 
 
-def load_open_images(path: Path):
+def load_open_images(path: Path) -> Dataset:
     from mmasl.datasets.open_images import OpenImages
     return OpenImages(str(path), str(path.with_name('classes.txt')), unannotated='ignore',
                       data_prefix=str(path.parent))
@@ -120,12 +120,12 @@ def cost(read: str, path: str, workers: bool) -> dict[str, float]:
     reader = globals()[read]
     if read.startswith('load'):
         import mmpretrain.datasets  # noqa: F401, neither its seconds nor its memory count
-    before = _status('VmRSS')
+    before = memory_of_process('VmRSS')
     Path('/proc/self/clear_refs').write_text('5')  # VmHWM begins anew
     start, cpu_start = time.perf_counter(), time.process_time()
     result = reader(Path(path))
     row = dict(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu_start,
-               peak_mib=(_status('VmHWM') - before) / MIB)
+               peak_mib=(memory_of_process('VmHWM') - before) / MIB)
     if read.startswith('load'):
         row['index_mib'] = _index_bytes(result) / MIB
     if workers:
@@ -134,12 +134,8 @@ def cost(read: str, path: str, workers: bool) -> dict[str, float]:
     return row
 
 
-def _status(name: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    return 1024 * int(re.search(rf'{name}:\s+(\d+)', Path('/proc/self/status').read_text())[1])
 
-
-def _index_bytes(dataset) -> int:
+def _index_bytes(dataset: Any) -> int:
     if dataset.serialize_data:
         return dataset.data_bytes.nbytes + dataset.data_address.nbytes
     return sum(getattr(dataset.data_list, name).nbytes for name in ('ids', 'starts', 'ends', 'labels'))
@@ -148,7 +144,7 @@ def _index_bytes(dataset) -> int:
 class Annotations(Dataset):
     """A sample's labels without its picture."""
 
-    def __init__(self, dataset) -> None:
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -160,10 +156,10 @@ class Annotations(Dataset):
 
 def private_bytes(batch: list) -> int:
     """What this process has written and shares with no other; a collate function, so that a worker calls it."""
-    return 1024 * int(re.search(r'Private_Dirty:\s+(\d+)', Path('/proc/self/smaps_rollup').read_text())[1])
+    return memory_of_process('Private_Dirty', 'smaps_rollup')
 
 
-def _worker_bytes(dataset, method: str) -> int:
+def _worker_bytes(dataset: Any, method: str) -> float:
     """Mean over two workers, after they have read samples from all over the index."""
     order = np.random.default_rng(0).permutation(len(dataset))[:2 * READ_BY_A_WORKER].tolist()
     loader = DataLoader(Annotations(dataset), batch_size=500, sampler=order, num_workers=2, collate_fn=private_bytes,
@@ -206,8 +202,8 @@ def targets(rows: list[dict]) -> list[tuple[str, str, bool]]:
         first, *_, less, most = of(data)
         for column, words in (('cpu_seconds', 'seconds'), ('peak_mib', 'memory')):
             growth = most[column] / less[column] / (most['file_mib'] / less['file_mib'])
-            result.append((f'{data}: from the second largest file to the largest, growth of {words} at most {SLACK} '
-                           'times that of the file', f'{growth:.2f} times', growth <= SLACK))
+            result.append(((f'{data}: from the second largest file to the largest, growth of {words} at most {SLACK} '
+                            'times that of the file'), f'{growth:.2f} times', growth <= SLACK))
         index = most['index_mib'] - first['index_mib']
         # MMEngine's index, which is COCO's, is copied into spawned workers: 9 MiB beside the 370 of their modules.
         for method in ('forked', ) if data == 'COCO' else ('forked', 'spawned'):

@@ -32,16 +32,17 @@ def compile_kernel(dtype: str, labels: bool, soft: bool, sums: bool) -> tuple[st
     """SASS, and elements of a thread, of the kernel as 80 classes get it: total loss and gradient."""
     block_c = fused._class_block(80, 1)
     constants = dict(
-        HAS_LABELS=labels, MAY_BE_SOFT=soft, PER_CLASS_POS=False, PER_CLASS_NEG=False, PER_CLASS_CLIP=False, DETACH=False,
-        LOSS=fused.MODES['sum'], BLOCK_R=fused.TILE // block_c, BLOCK_C=block_c, quality_ptr=None, weight_ptr=None,
-        upstream_ptr=None, ignore_index=None, stride_class=1, target_outer=0, target_class=0 if labels else 1,
+        HAS_LABELS=labels, MAY_BE_SOFT=soft, PER_CLASS_POS=False, PER_CLASS_NEG=False, PER_CLASS_CLIP=False,
+        DETACH=False, LOSS=fused.MODES['sum'], BLOCK_R=fused.TILE // block_c, BLOCK_C=block_c, quality_ptr=None,
+        weight_ptr=None, upstream_ptr=None, ignore_index=None, stride_class=1, target_outer=0,
+        target_class=0 if labels else 1,
         **{f'{name}_{axis}': 0 for name in ('weight', 'upstream') for axis in ('outer', 'row', 'class')})
     constants |= {} if sums else dict(sums_ptr=None)
     types = dict(z_ptr='*' + dtype, grad_ptr='*' + dtype, alpha_pos='fp32', alpha_neg='fp32',
                  target_ptr='*i64' if labels else '*fp32' if soft else '*u8')
     names = [parameter.name for parameter in fused._kernel.params]
-    signature = {name: 'constexpr' if name in constants else types.get(name, '*fp32' if name.endswith('_ptr') else 'i32')
-                 for name in names}
+    signature = {name: types.get(name, '*fp32' if name.endswith('_ptr') else 'i32') for name in names}
+    signature |= dict.fromkeys(constants, 'constexpr')
     aligned = [i for i, name in enumerate(names) if name not in constants and (
         name.endswith('_ptr') or name in ('classes', 'stride_row', 'target_row'))]
     source = ASTSource(fused._kernel, signature, {(names.index(key), ): value for key, value in constants.items()},
@@ -55,13 +56,14 @@ def compile_kernel(dtype: str, labels: bool, soft: bool, sums: bool) -> tuple[st
 
 
 def measure(device: str) -> Iterator[dict]:
-    for name, (*case, moved) in CASES.items():
-        sass, elements = compile_kernel(*case)
-        operations = re.findall(r'^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)', sass, re.M)
+    for name, (dtype, labels, soft, sums, moved) in CASES.items():
+        sass, elements = compile_kernel(dtype, labels, soft, sums)
+        operations = re.findall(r'^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)', sass, re.MULTILINE)
         instructions, special = len(operations) / elements, operations.count('MUFU') / elements
+        registers, = re.findall(r'REG:(\d+)', sass)[:1]
         # ps an element; soft targets have a second path, which hard ones do not take.
         yield dict(case=name, instructions_an_element=round(instructions, 1), special_functions=round(special, 1),
-                   registers=int(re.search(r'REG:(\d+)', sass)[1]), bytes_an_element=moved,
+                   registers=int(registers), bytes_an_element=moved,
                    arithmetic_ps=round(1e12 * instructions / LANES, 2),
                    bytes_ps_at_4_tb_s=round(moved / 4, 2))
 
@@ -69,5 +71,5 @@ def measure(device: str) -> Iterator[dict]:
 def targets(rows: list[dict]) -> list[tuple[str, str, bool]]:
     row = next(row for row in rows if row['case'] == 'labels')
     arithmetic, memory = float(row['arithmetic_ps']), float(row['bytes_ps_at_4_tb_s'])
-    return [('labels, float32: arithmetic takes no longer than 85 % of 4 TB/s would', f'{arithmetic} ps an element, '
-             f'against {memory / 0.85:.2f}', arithmetic <= memory / 0.85)]
+    return [('labels, float32: arithmetic takes no longer than 85 % of 4 TB/s would',
+             f'{arithmetic} ps an element, against {memory / 0.85:.2f}', arithmetic <= memory / 0.85)]

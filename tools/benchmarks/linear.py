@@ -2,7 +2,7 @@
 
 The gradients of the parameters, which are as large either way, have a column of their own.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -66,11 +66,11 @@ def targets(rows: list[dict]) -> list[tuple[str, str, bool]]:
     return results
 
 
-def whole_loss(features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+def whole_loss(features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     return asymmetric_loss(F.linear(features, weight, bias), target, reduction='sum', scale=1 / ROWS)
 
 
-def step(loss, inputs: list[Tensor], target: Tensor, autocast: torch.autocast) -> None:
+def step(loss: Callable, inputs: list[Tensor], target: Tensor, autocast: torch.autocast) -> None:
     with autocast:
         value = loss(*inputs, target)
     value.backward()

@@ -1,21 +1,26 @@
 """How every part of tools/benchmark.py measures: peers in turn within one run, memory exactly, big jobs in a process of
 their own."""
 import json
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
+from typing import Any, TypeVar
 
 import torch
 
 ROOT = Path(__file__).parents[2]
+Name = TypeVar('Name')
 
 
-def in_turn(calls: Mapping[str, Callable[[], object]], seconds: float = 5, least: int = 5,
-            statistic: Callable[[list[float]], float] = median) -> dict[str, float]:
-    """Median (or other ``statistic``) time of each call in seconds. The calls take turns, so that a slower minute of the machine slows all.
+def in_turn(calls: Mapping[Name, Callable[[], object]], seconds: float = 5, least: int = 5,
+            statistic: Callable[[list[float]], float] = median) -> dict[Name, float]:
+    """Median (or other ``statistic``) time of each call in seconds.
+
+    The calls take turns, so that a slower minute of the machine slows all.
 
     Args:
         calls: What to time, by name; each is called once beforehand.
@@ -25,7 +30,7 @@ def in_turn(calls: Mapping[str, Callable[[], object]], seconds: float = 5, least
     """
     for call in calls.values():
         call()
-    times = {name: [] for name in calls}
+    times: dict[Name, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     while len(next(iter(times.values()))) < least or time.perf_counter() - start < seconds:
         for name, call in calls.items():
@@ -62,7 +67,13 @@ def peak_tensor_bytes(call: Callable[[], object], device: str) -> int:
     return peak
 
 
-def in_process(code: str, timeout: float = 1800) -> dict[str, object]:
+def memory_of_process(name: str, file: str = 'status') -> int:
+    """Bytes of a line of this process's /proc/self/status, or of another file there."""
+    kib, = re.findall(rf'^{name}:\s+(\d+) kB', Path('/proc/self', file).read_text(), re.MULTILINE)
+    return 1024 * int(kib)
+
+
+def in_process(code: str, timeout: float = 1800) -> dict[str, Any]:
     """Runs Python code that prints one JSON object last, in a fresh process: its memory is then its own.
 
     Returns:

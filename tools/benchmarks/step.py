@@ -92,8 +92,10 @@ def measure(device: str) -> Iterator[dict]:
         again = f'{stock} again'  # what differs from the first is the machine's
         with DefaultScope.overwrite_default_scope(scope):
             count, variants = images[device], losses | {again: losses[stock]}
-            steps = in_turn({name: train_step(loss, build, count, device) for name, loss in variants.items()}, 60, 4, min)
-            alone = in_turn({name: loss_only(loss, count, device, scope == 'mmdet') for name, loss in losses.items()}, 3)
+            steps = in_turn({name: train_step(loss, build, count, device) for name, loss in variants.items()},
+                            60, 4, min)
+            alone = in_turn({name: loss_only(loss, count, device, scope == 'mmdet') for name, loss in losses.items()},
+                            3)
         for name in variants:
             row = dict(model=case, images=count, loss=name, step_ms=round(1e3 * steps[name], 2),
                        step_over_stock=round(steps[name] / steps[stock], 4))
@@ -111,6 +113,6 @@ def targets(rows: list[dict]) -> list[tuple[str, str, bool]]:
         if row['loss'] == 'asl':
             step, loss = float(row['step_over_stock']) - 1, float(row['difference_of_losses_over_step'])
             results.append((f"{row['model']}: a training step with ASL at most 1 % longer than with the stock loss",
-                            f"{step:+.1%}, the stock loss again {noise[row['model']]:+.1%}; by the losses alone {loss:+.2%}",
-                            step <= 0.01))
+                            (f"{step:+.1%}, the stock loss again {noise[row['model']]:+.1%}; "
+                             f'by the losses alone {loss:+.2%}'), step <= 0.01))
     return results
