@@ -4,7 +4,7 @@ _base_ = [
     './_base_/tresnet_runtime.py'
 ]
 
-# ignore_index: where the data set leaves labels out, so does the loss.
+# App. F: what is not annotated is negative, "with reduced weights" that are not given; 0.1 is our choice, not tuned.
 model = dict(
     head=dict(
         num_classes=9605,
@@ -16,6 +16,7 @@ model = dict(
             clip=0.0,
             detach_focusing=False,
             ignore_index=-1,
+            weight_unannotated=0.1,
             reduction='mean')))
 
 train_cfg = dict(max_epochs=30)

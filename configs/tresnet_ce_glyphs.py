@@ -1,4 +1,5 @@
-# Pre-training of the digits' TResNet on single glyphs: timm's, with stages of 1, 1, 2, 1 blocks and a quarter of the width.
+# Pre-training of the digits' TResNet on single glyphs: timm's, with stages of 1, 1, 2, 1 blocks and a quarter of its
+# width.
 _base_ = './resnet_ce_glyphs_24e.py'
 
 model = dict(

@@ -1,6 +1,7 @@
 """The asymmetric loss as the module that configs build, called as MMDetection's and MMPretrain's heads call theirs."""
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,18 @@ class AsymmetricLoss(nn.Module):
     to ``probability_sums``, (4, C) or None: see ``return_sums`` of :func:`mmasl.ops.asymmetric_loss`. Whoever reads
     them sets them back to None, as :class:`mmasl.ProbabilityGapHook` does.
 
+    Labels that nobody annotated, marked by ``ignore_index``, are left out unless ``weight_unannotated`` is above 0.
+    Then each is ``weight_unannotated`` negatives wherever negatives count: in the loss and its gradient, in the divisor
+    of 'mean', and in the probability gap. ``gamma_unannotated`` focuses on them separately; margin and alpha are those
+    of negatives. The two are ``alpha_unann`` and ``gamma_unann`` of the authors' loss for partial annotations
+    (Ben-Baruch et al., CVPR 2022, arXiv 2110.10955; ``partial_asymmetric_loss.py`` of PartialLabelingCSL at 210face),
+    whose selection of labels by likelihood and prior is not followed.
+
+    - The posterior in closed form (:func:`mmasl.ops.posterior`) is then the share of positives where a label without
+      annotation counts as ``weight_unannotated`` negatives; with ``gamma_unannotated`` there is none.
+    - :class:`mmasl.AdaptiveAsymmetryHook` moves ``gamma_neg`` alone.
+    - Batches are not to be mixed: a label that is mixed of a positive and one without annotation would be a negative.
+
     Args:
         gamma_pos: Focusing parameter of positives, >= 0: one number, or one per class. The paper uses 0 in
             classification and 1 in detection.
@@ -49,13 +62,20 @@ class AsymmetricLoss(nn.Module):
         reduction: 'mean', 'sum' or 'none'. 'mean' divides the sum by ``avg_factor``, or by the number of elements that
             are not ignored; 'sum' is the official implementation's and leaves ``avg_factor`` aside.
         loss_weight: Factor of the result.
-        ignore_index: Target value of elements, or label of rows, to leave out.
+        ignore_index: Target value of elements, or label of rows, to leave out, or to treat as not annotated.
+        weight_unannotated: Weight of elements marked by ``ignore_index`` as negatives, >= 0; a row that is marked by
+            its label is background. 0 leaves them out.
+        gamma_unannotated: Their focusing parameter, as ``gamma_neg``; None for that of negatives, whatever it becomes.
         activated: The predictions are probabilities, as TOOD gives them, and not logits.
         implementation: 'triton', 'inductor', 'eager', or None for the fastest that can run: see docs/speed.md.
 
     Raises:
         ValueError: A parameter is out of its range; the message names it.
     """
+    gamma_pos: Tensor
+    gamma_neg: Tensor
+    clip: Tensor
+    gamma_unannotated: Tensor | None
 
     def __init__(self,
                  gamma_pos: float | Sequence[float] = 0.,
@@ -67,6 +87,8 @@ class AsymmetricLoss(nn.Module):
                  reduction: str = 'mean',
                  loss_weight: float = 1.,
                  ignore_index: int | None = None,
+                 weight_unannotated: float = 0.,
+                 gamma_unannotated: float | Sequence[float] | None = None,
                  activated: bool = False,
                  implementation: str | None = None) -> None:
         super().__init__()
@@ -80,9 +102,20 @@ class AsymmetricLoss(nn.Module):
             raise ValueError(f'alpha={alpha} must be between 0 and 1, or None')
         if not math.isfinite(loss_weight):
             raise ValueError(f'loss_weight={loss_weight} must be finite')
+        if not 0 <= weight_unannotated < math.inf:
+            raise ValueError(f'weight_unannotated={weight_unannotated} must be a number in [0, inf)')
+        if weight_unannotated and ignore_index is None:
+            raise ValueError(f'weight_unannotated={weight_unannotated} is that of labels marked by ignore_index: set '
+                             'that too, to -1 for mmasl.OpenImages')
+        if gamma_unannotated is not None and not weight_unannotated:
+            raise ValueError(f'gamma_unannotated={gamma_unannotated} has no effect on labels that are left out: set '
+                             'weight_unannotated too, to 1 for the weight of other negatives')
         self._initial: dict[str, Tensor] = {}
         for name, value, high in (('gamma_pos', gamma_pos, math.inf), ('gamma_neg', gamma_neg, math.inf),
-                                  ('clip', clip, 1)):
+                                  ('clip', clip, 1), ('gamma_unannotated', gamma_unannotated, math.inf)):
+            if value is None:
+                self.register_buffer(name, None, persistent=False)
+                continue
             values = torch.as_tensor(value, dtype=torch.float32, device='cpu')
             if values.dim() > 1 or not values.numel() or not ((values >= 0) & (values < high)).all():
                 raise ValueError(f'{name}={value} must be a number in [0, {high:g}), or one such number per class')
@@ -94,6 +127,7 @@ class AsymmetricLoss(nn.Module):
         self.reduction = reduction
         self.loss_weight = loss_weight
         self.ignore_index = ignore_index
+        self.weight_unannotated = weight_unannotated
         self.activated = activated
         self.implementation = implementation
         self.track_probabilities = False
@@ -129,38 +163,55 @@ class AsymmetricLoss(nn.Module):
             weight = _as_element_weight(weight, pred)
         # PAA calls its loss for the assignment too, without a gradient.
         track = self.track_probabilities and self.training and torch.is_grad_enabled()
-        scale = self.loss_weight
+        scale: Any = self.loss_weight
         if reduction == 'mean':
             scale = scale / self._divisor(pred, target, avg_factor)
-        loss = asymmetric_loss(pred, target, self.gamma_pos, self.gamma_neg, self.clip, self.alpha,
-                               self.detach_focusing, self.ignore_index, weight, return_sums=track,
-                               reduction='none' if reduction == 'none' else 'sum', scale=scale,
-                               implementation=self.implementation)
-        if track:
-            loss, sums = loss
-            self.probability_sums = sums if self.probability_sums is None else self.probability_sums + sums
-        return loss
+        # What is marked as not annotated is computed by itself: a gradient of zeros more, but no weight of its own.
+        parts = [(target, self.gamma_neg, self.ignore_index, 1.)]
+        if self.weight_unannotated:
+            gamma = self.gamma_neg if self.gamma_unannotated is None else self.gamma_unannotated
+            parts.append((self._unannotated(pred, target), gamma, -1, self.weight_unannotated))
+        losses = []
+        for part, gamma_neg, ignore_index, share in parts:
+            loss = asymmetric_loss(pred, part, self.gamma_pos, gamma_neg, self.clip, self.alpha, self.detach_focusing,
+                                   ignore_index, weight, return_sums=track,
+                                   reduction='none' if reduction == 'none' else 'sum', scale=share * scale,
+                                   implementation=self.implementation)
+            if isinstance(loss, tuple):
+                loss, sums = loss
+                self.probability_sums = share * sums if self.probability_sums is None else (
+                    self.probability_sums + share * sums)
+            losses.append(loss)
+        return sum(losses[1:], losses[0])
+
+    def _unannotated(self, pred: Tensor, target: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """The target of what is marked as not annotated: negatives, or background; the rest is marked by -1."""
+        labels = target[0] if isinstance(target, (tuple, list)) else target
+        marked: Any = labels == self.ignore_index
+        return marked.float() - 1 if labels.shape == pred.shape else torch.where(marked, pred.shape[-1], -1)
 
     def _divisor(self, pred: Tensor, target: Tensor | tuple[Tensor, Tensor],
                  avg_factor: float | Tensor | None) -> float | Tensor:
-        """``avg_factor`` or the number of elements that count; never 0, so that an empty batch has loss 0."""
+        """``avg_factor`` or the elements that count, by their weight; never 0, so that an empty batch has loss 0."""
         if avg_factor is not None:
             return as_divisor(avg_factor)
         if self.ignore_index is None:
             return max(pred.numel(), 1)
         labels = target[0] if isinstance(target, (tuple, list)) else target
         elements_per_target = pred.numel() // max(labels.numel(), 1)
-        return ((labels != self.ignore_index).sum() * elements_per_target).clamp(min=1)
+        annotated = (labels != self.ignore_index).sum()
+        count = annotated + self.weight_unannotated * (labels.numel() - annotated)
+        return as_divisor(count * elements_per_target)
 
     def reset_parameters(self) -> None:
-        """Set gamma_pos, gamma_neg and clip to what the module was built with; FSDP calls it after ``to_empty``."""
+        """Set what lives on the module to what it was built with; FSDP calls it after ``to_empty``."""
         for name, value in self._initial.items():
             getattr(self, name).copy_(value)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable, recurse: bool = True) -> 'AsymmetricLoss':
         """Moves the module but keeps its parameters in float32: half precision would round a controller's small steps
         away."""
-        kept = {name: getattr(self, name) for name in ('gamma_pos', 'gamma_neg', 'clip')}
+        kept = {name: getattr(self, name) for name in self._initial}
         super()._apply(fn, recurse)
         for name, value in kept.items():
             if not value.is_meta:
@@ -168,14 +219,15 @@ class AsymmetricLoss(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        def plain(x: Tensor) -> float | list[float] | str:
+        def plain(x: Tensor) -> Any:
             if x.is_meta:
                 return 'meta'
             return [plain(value) for value in x] if x.dim() else round(x.item(), 6)
 
-        return ', '.join(f'{name}={plain(getattr(self, name))}' for name in ('gamma_pos', 'gamma_neg', 'clip')) + (
+        return ', '.join(f'{name}={plain(getattr(self, name))}' for name in self._initial) + (
             f', alpha={self.alpha}, detach_focusing={self.detach_focusing}, reduction={self.reduction}, '
-            f'loss_weight={self.loss_weight}, ignore_index={self.ignore_index}')
+            f'loss_weight={self.loss_weight}, ignore_index={self.ignore_index}, '
+            f'weight_unannotated={self.weight_unannotated}')
 
 
 def as_divisor(avg_factor: float | Tensor) -> float | Tensor:

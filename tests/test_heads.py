@@ -191,7 +191,11 @@ def test_chunked_head_follows_the_loss_as_it_changes():
     (4, ASL | dict(reduction='none'), ValueError, "chunk_size=4 needs .*reduction='mean' or 'sum'"),
     (4, ASL | dict(activated=True), ValueError, 'chunk_size=4 needs a loss of logits .*not activated=True'),
     (4, dict(type='CrossEntropyLoss', use_sigmoid=True), TypeError, "CrossEntropyLoss .*type='mmasl.AsymmetricLoss'"),
-], ids=['size', 'none', 'activated', 'cross-entropy'])
+    (4, ASL | dict(ignore_index=-1, weight_unannotated=0.1), ValueError,
+     'chunk_size=4 does not know .* leave out chunk_size, or weight_unannotated=0.1'),
+    (None, ASL | dict(ignore_index=-1, weight_unannotated=1, gamma_unannotated=7), ValueError,
+     'gamma_unannotated=7.0 leaves no posterior in closed form'),
+], ids=['size', 'none', 'activated', 'cross-entropy', 'unannotated', 'own gamma'])
 def test_what_cannot_be_chunked_is_refused(chunk_size, loss, error, message):
     with pytest.raises(error, match=message):
         build('MultiLabelLinearClsHead', loss=loss, chunk_size=chunk_size)

@@ -7,7 +7,8 @@ from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
 from mmasl import AsymmetricLoss
-from mmasl.ops import asymmetric_loss
+from mmasl.batch_augments import MultiLabelMixup
+from mmasl.ops import asymmetric_loss, reference
 
 CE = dict(gamma_pos=0, gamma_neg=0, clip=0)
 FOCAL = dict(gamma_pos=2, gamma_neg=2, clip=0)
@@ -39,7 +40,7 @@ def test_ce_is_torch_bce(logits, target, reduction):
     soft = target * 0.8 + 0.1
     for y in (target, soft):
         assert_close(with_grad(AsymmetricLoss(**CE, reduction=reduction), logits, y),
-                     with_grad(lambda z: F.binary_cross_entropy_with_logits(z, y, reduction=reduction), logits))
+                     with_grad(lambda z, y=y: F.binary_cross_entropy_with_logits(z, y, reduction=reduction), logits))
 
 
 @pytest.mark.parametrize('reduction', ['none', 'mean', 'sum'])
@@ -108,6 +109,128 @@ def test_all_ignored_and_no_positives(logits):
     assert value == 0 and (grad == 0).all()
     value, grad = with_grad(AsymmetricLoss(clip=0), logits, torch.full((12, ), 5))
     assert value.isfinite() and (grad >= 0).all() and grad.any()
+
+
+@pytest.fixture(params=['hard', 'soft', 'labels', 'quality'])
+def partial(request, target, labels):
+    """A target that marks some of it as not annotated, the same as negatives, and what is marked, (12, 5)."""
+    generator = torch.Generator().manual_seed(2)
+    if request.param in ('hard', 'soft'):
+        target = target if request.param == 'hard' else target * torch.rand(12, 5, generator=generator)
+        marked = torch.rand(12, 5, generator=generator) < 0.6
+        return target.masked_fill(marked, -1), target.masked_fill(marked, 0), marked
+    marked = torch.rand(12, generator=generator) < 0.6
+    pair = labels.masked_fill(marked, -1), labels.masked_fill(marked, 5)
+    if request.param == 'quality':
+        quality = torch.rand(12, generator=generator)
+        pair = tuple((x, quality) for x in pair)
+    return *pair, marked.unsqueeze(1).expand(12, 5)
+
+
+def dense(target):
+    """0 and 1 for labels, and what is between for qualities."""
+    labels, quality = target if isinstance(target, tuple) else (target, torch.ones(12))
+    return target if labels.dim() == 2 else F.one_hot(labels, 6)[:, :5] * quality.unsqueeze(1)
+
+
+@pytest.mark.parametrize('gamma', [None, 0.5, [0, 1, 2.5, 4, 7]], ids=str)
+@pytest.mark.parametrize('reduction', ['none', 'mean', 'sum'])
+@pytest.mark.parametrize('kwargs', [dict(alpha=0.25, gamma_pos=1, clip=0), dict(detach_focusing=True)], ids=str)
+def test_unannotated_labels_by_the_equations(logits, partial, gamma, reduction, kwargs):
+    target, negative, marked = partial
+    logits, weight = logits.double(), torch.rand(12, 5, dtype=torch.double)
+    settings = dict(gamma_pos=0, gamma_neg=4, clip=0.05) | kwargs
+
+    def expected(z):
+        own = settings if gamma is None else settings | dict(gamma_neg=torch.as_tensor(gamma))
+        value = weight * torch.where(marked, 0.3 * reference.asymmetric_loss(z, torch.zeros(12, 5), **own),
+                                     reference.asymmetric_loss(z, dense(negative), **settings))
+        count = (~marked).sum() + 0.3 * marked.sum()
+        return {'none': value, 'sum': value.sum(), 'mean': value.sum() / count}[reduction]
+
+    loss = AsymmetricLoss(**settings, ignore_index=-1, weight_unannotated=0.3, gamma_unannotated=gamma,
+                          reduction=reduction)
+    # Parameters are kept in float32.
+    assert_close(with_grad(loss, logits, target, weight), with_grad(expected, logits), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('logits', [torch.linspace(-9, 9, 60), torch.tensor([-1e4, -200, -17.5, 0, 17, 200, 1e4] * 10)],
+                         ids=['usual', 'extreme'])
+@pytest.mark.parametrize('clip', [0, 0.05])
+def test_unannotated_labels_between_ignored_and_negative(logits, partial, dtype, clip):
+    target, negative, marked = partial
+    logits = logits[:60].reshape(12, 5).to(dtype)
+    ignored = AsymmetricLoss(clip=clip, ignore_index=-1)
+    for reduction in ('none', 'mean', 'sum'):
+        none = AsymmetricLoss(clip=clip, ignore_index=-1, weight_unannotated=0, reduction=reduction)
+        assert_close(with_grad(none, logits, target),
+                     with_grad(ignored, logits, target, reduction_override=reduction), rtol=0, atol=0)
+    as_negatives = with_grad(AsymmetricLoss(clip=clip, reduction='none'), logits, negative)
+    assert all(x.isfinite().all() for x in as_negatives)
+    for gamma in (None, 4):
+        full = AsymmetricLoss(clip=clip, ignore_index=-1, weight_unannotated=1, gamma_unannotated=gamma)
+        assert_close(with_grad(full, logits, target, reduction_override='none'), as_negatives, rtol=0, atol=0)
+        assert_close(full(logits, target), AsymmetricLoss(clip=clip)(logits, negative))
+    half = with_grad(AsymmetricLoss(clip=clip, ignore_index=-1, weight_unannotated=0.5, reduction='none'), logits,
+                     target)
+    # Halving is exact but for the smallest numbers.
+    for got, whole in zip(half, as_negatives):
+        assert_close(got, torch.where(marked, whole / 2, whole), rtol=0, atol=torch.finfo(dtype).tiny)
+
+
+def test_a_batch_without_annotations(logits):
+    loss = AsymmetricLoss(ignore_index=-1, weight_unannotated=0.01)
+    loss.track_probabilities = True
+    expected = with_grad(AsymmetricLoss(), logits, torch.zeros(12, 5))
+    for target in (torch.full((12, 5), -1.), torch.full((12, ), -1)):
+        assert_close(with_grad(loss, logits, target), expected)  # 0.6 elements
+        p = logits.sigmoid()
+        assert_close(loss.probability_sums, torch.stack([torch.zeros(5), torch.zeros(5), 0.01 * (1 - p).sum(0),
+                                                         torch.full((5, ), 0.12)]))
+        loss.probability_sums = None
+    assert loss(logits[:0], torch.zeros(0, 5)) == 0
+
+
+def test_unannotated_labels_are_a_share_of_the_negatives_in_the_gap(logits, partial):
+    target, negative, marked = partial
+    weight = (torch.arange(12) % 3 > 0).float()
+    loss = AsymmetricLoss(ignore_index=-1, weight_unannotated=0.3, gamma_unannotated=7)
+    loss.track_probabilities = True
+    loss(logits, target, weight)
+    p, y = logits.sigmoid(), dense(negative)
+    share = torch.where(marked, 0.3, 1.) * weight.unsqueeze(1)
+    assert_close(loss.probability_sums, torch.stack([(share * x).sum(0) for x in (y * p, y, (1 - y) * (1 - p), 1 - y)]))
+
+
+def test_unannotated_labels_follow_the_gamma_of_negatives_or_keep_their_own(logits):
+    unknown, zeros = torch.full((12, 5), -1.), torch.zeros(12, 5)
+    torch._dynamo.reset()
+    for own in (None, 7):
+        loss = AsymmetricLoss(ignore_index=-1, weight_unannotated=1, gamma_unannotated=own)
+        compiled = torch.compile(loss, fullgraph=True, backend='aot_eager')
+        for gamma in (4., 3.99, 1.):
+            loss.gamma_neg.fill_(gamma)
+            assert_close(with_grad(compiled, logits, unknown),
+                         with_grad(AsymmetricLoss(gamma_neg=own or gamma), logits, zeros))
+    torch._dynamo.reset()
+    assert not loss.state_dict() and 'gamma_unannotated=7.0' in repr(loss) and 'weight_unannotated=1' in repr(loss)
+    loss.gamma_unannotated.zero_()
+    loss.bfloat16().reset_parameters()
+    assert loss.gamma_unannotated == 7 and loss.gamma_unannotated.dtype == torch.float32
+
+
+def test_unannotated_labels_take_those_that_they_are_mixed_with(logits):
+    """Why batches are not to be mixed: positives become negatives, where ignored labels do no harm."""
+    target = torch.stack([torch.ones(5), torch.full((5, ), -1.)]).repeat(6, 1)
+    torch.manual_seed(0)
+    _, mixed = MultiLabelMixup(0.8)(torch.zeros(12, 3, 4, 4), target)
+    lost = (mixed == -1) & (target == 1)
+    assert lost.any()
+    _, grad = with_grad(AsymmetricLoss(ignore_index=-1), logits, mixed)
+    assert (grad[lost] == 0).all()
+    _, grad = with_grad(AsymmetricLoss(ignore_index=-1, weight_unannotated=0.1, clip=0), logits, mixed)
+    assert (grad[lost] > 0).all()
 
 
 def test_activated_takes_probabilities(logits, labels):
@@ -219,6 +342,10 @@ def test_reset_parameters_undoes_a_controller():
     (dict(use_sigmoid=False), 'set use_sigmoid=True'),
     (dict(reduction='batchmean'), "reduction='batchmean' must be one of"),
     (dict(loss_weight=float('inf')), 'loss_weight=inf'),
+    (dict(ignore_index=-1, weight_unannotated=-1), r'weight_unannotated=-1 must be a number in \[0, inf\)'),
+    (dict(weight_unannotated=0.1), 'weight_unannotated=0.1 is that of labels marked by ignore_index: set that too'),
+    (dict(ignore_index=-1, gamma_unannotated=7), 'gamma_unannotated=7 has no effect .*: set weight_unannotated too'),
+    (dict(ignore_index=-1, weight_unannotated=1, gamma_unannotated=-7), 'gamma_unannotated=-7 must be a number'),
 ], ids=str)
 def test_bad_settings(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -12,9 +12,22 @@ from mmengine.evaluator import Evaluator
 from mmengine.registry import DefaultScope
 
 import mmasl.metrics
-from mmasl.metrics import (CHOICES, PRESETS, Conventions, MultiLabelReport, average_precision, count_labels,
-                           expected_calibration_error, multilabel_report, pack, precision_recall_f1, predicted_labels,
-                           probability_gap, reliability, unpack)
+from mmasl.metrics import (
+    CHOICES,
+    PRESETS,
+    Conventions,
+    MultiLabelReport,
+    average_precision,
+    count_labels,
+    expected_calibration_error,
+    multilabel_report,
+    pack,
+    precision_recall_f1,
+    predicted_labels,
+    probability_gap,
+    reliability,
+    unpack,
+)
 
 SHAPES = [(7, 2), (40, 5), (333, 20)]
 COUNTS = ('CP', 'CR', 'CF1', 'OP', 'OR', 'OF1')
@@ -129,8 +142,7 @@ def test_counts_agree_with_sklearn(shape, cf1, k):
 @pytest.mark.parametrize('average, names', [('macro', COUNTS[:3]), ('micro', COUNTS[3:])])
 def test_counts_agree_with_torchmetrics_and_mmpretrain(shape, average, names):
     from mmpretrain.evaluation import MultiLabelMetric
-    from torchmetrics.functional.classification import (multilabel_f1_score, multilabel_precision,
-                                                        multilabel_recall)
+    from torchmetrics.functional.classification import multilabel_f1_score, multilabel_precision, multilabel_recall
     scores, labels = make_data(2, *shape, ignored=0.2)
     report, _ = multilabel_report(scores, labels, Conventions(cf1='mean'))
     args = torch.tensor(scores), torch.tensor(labels).long()
@@ -189,7 +201,6 @@ def test_permutation_invariance(levels):
 
 
 def test_empty_classes():
-    from sklearn.metrics import precision_recall_fscore_support
     scores, labels = make_data(5, 60, 6)
     labels[:, 2] = 0
     kept = [0, 1, 3, 4, 5]
@@ -205,6 +216,43 @@ def test_empty_classes():
         multilabel_report(scores, labels, Conventions(empty='error'), 'abcdef')
     with pytest.raises(ValueError, match='no class has a positive label'):
         multilabel_report(scores, np.zeros_like(labels))
+
+
+def test_both_averages_of_table_7():
+    from sklearn.metrics import average_precision_score
+    scores, labels = make_data(24, 300, 6)
+    labels[50:, 1] = labels[20:, 4] = 0
+    report, _ = multilabel_report(scores, labels)
+    assert [report['mAP'], report['mAP_weighted']] == pytest.approx(
+        [100 * average_precision_score(labels, scores, average=x) for x in ('macro', 'weighted')], rel=1e-9)
+    # A class without positives has no share in the weighted mean, however it counts in the other.
+    labels[:, 2], kept = 0, [0, 1, 3, 4, 5]
+    expected = 100 * average_precision_score(labels[:, kept], scores[:, kept], average='weighted')
+    for empty in ('skip', 'zero'):
+        report, _ = multilabel_report(scores, labels, Conventions(empty=empty))
+        assert report['mAP_weighted'] == pytest.approx(expected, rel=1e-9)
+
+
+def test_class_without_negatives(monkeypatch):
+    scores, labels = make_data(25, 60, 5)
+    labels[:, 1] = np.where(labels[:, 1] == 1, 1, -1)
+    labels[:, 3] = 0
+    messages = []
+    monkeypatch.setattr(mmasl.metrics, 'print_log', lambda message, *_: messages.append(message))
+    count, skip = (evaluate(MultiLabelReport(no_negative=x), scores, labels) for x in ('count', 'skip'))
+    ap, n = 100 * average_precision(scores, labels), (labels == 1).sum(0)
+    assert ap[1] == 100
+    for report, kept in ((count, [0, 1, 2, 4]), (skip, [0, 2, 4])):
+        assert report['mAP'] == pytest.approx(ap[kept].mean(), rel=1e-12)
+        assert report['mAP_weighted'] == pytest.approx((ap * n)[kept].sum() / n[kept].sum(), rel=1e-12)
+    assert {k: v for k, v in count.items() if 'mAP' not in k} == {k: v for k, v in skip.items() if 'mAP' not in k}
+    empty = "no positive label in 1 of 5 classes ('3'): left out of the class means"
+    assert messages == [empty, empty, "no negative label in 1 of 5 classes ('1'): left out of mAP"]
+    for kept in ([1], [1, 3]):
+        with pytest.raises(ValueError, match="no class has a positive and a negative label .* no_negative='count'"):
+            multilabel_report(scores[:, kept], labels[:, kept], Conventions(no_negative='skip'))
+    zero, _ = multilabel_report(scores, labels, Conventions(no_negative='skip', empty='zero'))
+    assert zero['mAP'] == pytest.approx(skip['mAP'] * 3 / 4)
 
 
 def test_class_without_predictions():
@@ -309,7 +357,7 @@ def test_report_decides_by_calibrated_scores():
     plain, got = ({k.split('/')[1]: v for k, v in metric.evaluate(100).items()} for metric in (plain, got))
     assert plain == multilabel_report(scores, labels)[0]
     by_square, _ = multilabel_report(calibrated, labels)
-    ranked = ('mAP', 'p_t_pos', 'p_t_neg', 'gap')
+    ranked = ('mAP', 'mAP_weighted', 'p_t_pos', 'p_t_neg', 'gap')
     assert got == {**by_square, **{name: plain[name] for name in ranked}}
     assert got['OF1'] != plain['OF1'] and got['ECE'] != plain['ECE'] and by_square['mAP'] != plain['mAP']
     # The k best of a sample are told by the raw scores where the calibrated ones are all 0.
@@ -332,8 +380,8 @@ def test_preset_paper(preset_data):
     scores, labels = preset_data
     report = evaluate(dict(type='mmasl.MultiLabelReport', preset='paper'), scores, labels)
     best = (scores[:, :, None] < scores[:, None]).sum(2) < 3
-    for predicted, suffix in ((scores > 0.5, ''), ((scores > 0.5) & best, '_top3')):
-        predicted = predicted & (labels >= 0)
+    for above, suffix in ((scores > 0.5, ''), ((scores > 0.5) & best, '_top3')):
+        predicted = above & (labels >= 0)
         by_class = sklearn_counts(predicted[:, :7], labels[:, :7] == 1, 'harmonic')
         overall = sklearn_counts(predicted, labels == 1, 'harmonic', zero_division=0)
         assert [report[name + suffix] for name in COUNTS[:3]] == [by_class[name] for name in COUNTS[:3]]
@@ -387,11 +435,11 @@ def test_reads_what_the_stock_head_returns():
     from mmpretrain.structures import DataSample
     logits, labels = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), make_data(0, 20, 4)[1]
     expected = evaluate(MultiLabelReport(), logits.sigmoid().numpy(), labels)
-    for pack in (lambda y: DataSample().set_gt_score(y), lambda y: DataSample().set_gt_label(y.nonzero()[0])):
+    for label in (lambda y: DataSample().set_gt_score(y), lambda y: DataSample().set_gt_label(y.nonzero()[0])):
         with DefaultScope.overwrite_default_scope('mmpretrain'):
             evaluator = Evaluator(metrics=dict(type='mmasl.MultiLabelReport'))
         evaluator.dataset_meta = dict(classes=('a', 'b', 'c', 'd'))
-        evaluator.process(MultiLabelClsHead().predict((logits, ), [pack(y) for y in labels]))
+        evaluator.process(MultiLabelClsHead().predict((logits, ), [label(y) for y in labels]))
         assert {k.split('/')[1]: v for k, v in evaluator.evaluate(20).items()} == expected
 
 
@@ -426,7 +474,7 @@ GOOD = dict(pred_score=torch.tensor([0.1, 0.2]), gt_label=[0], img_path='a.jpg')
 @pytest.mark.parametrize('change, message', [
     (dict(pred_score=torch.tensor([0.1, float('nan')])), r'sample a.jpg, class 1 \(dog\): pred_score nan .* diverged'),
     (dict(pred_score=torch.tensor([3., 0.])), r'class 0 \(cat\): pred_score 3.0 .* logits need a sigmoid'),
-    (dict(pred_score=torch.rand(3)), r"sample a.jpg: pred_score has shape \(3,\), expected \(2,\): .*num_classes"),
+    (dict(pred_score=torch.rand(3)), r'sample a.jpg: pred_score has shape \(3,\), expected \(2,\): .*num_classes'),
     (dict(gt_score=torch.ones(3)), r'sample a.jpg: gt_score has shape \(3,\), expected \(2,\)'),
     (dict(gt_score=torch.tensor([0.3, 1])), r'class 0 \(cat\): gt_score 0.3\d* is none of 0, 1 and ignore_index=-1'),
     (dict(gt_label=[0, 2]), r'sample a.jpg: gt_label \[0, 2\] must lie in 0 ... 1'),
@@ -511,14 +559,15 @@ def report_by_definition(scores, labels, decisive, c):
     threshold = float(decisive.dtype.type(c.threshold))
     used = [x for x in range(len(pairs)) if c.empty == 'zero' or (labels[:, x] == 1).any()]
     ap = [ap_by_definition(scores[:, x], labels[:, x], c.ap_mode) if (labels[:, x] == 1).any() else 0. for x in used]
-    report = dict(mAP=100 * np.mean(ap))
+    support = [(labels[:, x] == 1).sum() for x in used]
+    report = dict(mAP=100 * np.mean(ap), mAP_weighted=100 * np.dot(ap, support) / max(sum(support), 1))
     better = (scores[:, :, None] < scores[:, None]).sum(2)
     for suffix, best in (('', None), (f'_top{c.topk}', better < c.topk)):
         counts = []
         for x, column in enumerate(pairs):
             chosen = [y for i, (_, d, y) in enumerate(column) if (best is None or best[i, x])
-                      and (best is not None and not c.topk_above_threshold or d > threshold
-                           or c.inclusive and d == threshold) and (y >= 0 or c.ignored == 'negative')]
+                      and ((best is not None and not c.topk_above_threshold) or d > threshold
+                           or (c.inclusive and d == threshold)) and (y >= 0 or c.ignored == 'negative')]
             counts.append((chosen.count(1), len(chosen), [y for *_, y in column].count(1)))
         ratio = [(tp / n if n else 0., tp / p if p else 0., 2 * tp / (n + p) if n + p else 0.) for tp, n, p in counts]
         cp, cr, mean_f1 = np.mean([ratio[x] for x in used], 0)
@@ -615,6 +664,69 @@ def test_memory_beside_the_samples_is_that_of_blocks(monkeypatch):
     assert peak < kept / 2
 
 
+def keep_all_labels(monkeypatch):
+    monkeypatch.setattr(mmasl.metrics._Records, 'make', lambda *_: None)
+
+
+@pytest.mark.parametrize('score_dtype', ['float32', 'float16'])
+@pytest.mark.parametrize('calibrated', [False, True], ids=['plain', 'calibrated'])
+@pytest.mark.parametrize('conventions', [
+    dict(), dict(topk=None), dict(topk=1, topk_above_threshold=False), dict(topk=2, threshold=0.1, inclusive=True),
+    dict(preset='official', ap_mode='voc2010'), dict(preset='mmpretrain'), dict(no_negative='skip')], ids=str)
+def test_annotated_labels_are_all_that_is_kept_and_needed(conventions, calibrated, score_dtype, blocks, monkeypatch):
+    scores, labels = make_data(26, 50, 90, ignored=0.9, levels=15)
+    labels[:, 4], labels[:, 5], labels[3], labels[4:8, 6] = 0, -1, -1, 1
+    labels[:, 4:40] = -1
+    scores[5] = scores[6, :80] = 0  # many labels tied among the k best
+    samples = [dict(sample, calibrated_score=torch.tensor(s**2))
+               for sample, s in zip(make_samples(scores, labels), scores)]
+    few = MultiLabelReport(calibrated=calibrated, score_dtype=score_dtype, **conventions)
+    with monkeypatch.context() as patch:
+        keep_all_labels(patch)
+        all_ = MultiLabelReport(calibrated=calibrated, score_dtype=score_dtype, **conventions)
+        all_.process(None, samples)
+    few.process(None, samples[:20])
+    few.process(None, samples[20:])
+    assert sum(x.nbytes for x in few.results) < sum(x.nbytes for x in all_.results) / 2
+    np.testing.assert_array_equal(few.labels(), labels)
+    np.testing.assert_array_equal(all_.labels(), labels)
+    expected = all_.compute_metrics(all_.results)
+    assert few.compute_metrics(few.results) == expected
+    # As of two processes, one of which has more labels.
+    assert few.compute_metrics([*all_.results[:20], *few.results[20:]]) == expected
+
+
+def test_all_labels_are_kept_where_ignored_ones_matter_or_few_are():
+    for share, conventions, records in ((0.9, dict(), True), (0.9, dict(ignored='negative'), False),
+                                        (0.6, dict(), False), (0.9, dict(topk=80), False), (1, dict(topk=None), True)):
+        scores, labels = make_data(27, 20, 80, ignored=share)
+        metric = MultiLabelReport(empty='zero', **conventions)
+        metric.process(None, make_samples(scores, labels))
+        assert {bool(x.dtype.names) for x in metric.results} == {records}
+        got = {k.split('/')[1]: v for k, v in metric.evaluate(20).items()}
+        np.testing.assert_equal(got, multilabel_report(scores, labels, metric.conventions)[0])
+
+
+def test_memory_is_that_of_annotated_labels(monkeypatch):
+    scores, labels = make_data(28, 2000, 700, ignored=0.995)
+    monkeypatch.setattr(mmasl.metrics, 'BLOCK', 2**16)
+
+    def peak():
+        metric = MultiLabelReport()
+        samples = [dict(pred_score=s, gt_score=y) for s, y in zip(scores, labels)]
+        tracemalloc.start()
+        for start in range(0, 2000, 50):
+            metric.process(None, samples[start:start + 50])
+        metric.compute_metrics(metric.results)
+        result = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result
+
+    few = peak()
+    keep_all_labels(monkeypatch)
+    assert few < 2.5e6 and peak() > 4 * 2000 * 700
+
+
 def test_samples_are_moved_into_slabs_in_their_order(monkeypatch):
     samples = make_samples(*make_data(23, 26, 4, ignored=0.2))
     loose, moved = MultiLabelReport(score_dtype='float16'), MultiLabelReport(score_dtype='float16')
@@ -624,6 +736,14 @@ def test_samples_are_moved_into_slabs_in_their_order(monkeypatch):
         moved.process(None, samples[start:start + size])
     np.testing.assert_array_equal(loose.results, moved.results)
     assert [moved.results[i].base.shape[0] for i in (0, 6, 7, 20, 21, 25)] == [7, 7, 14, 14, 16, 16]
+    # Records stay where they are.
+    few = [dict(sample, gt_score=torch.full((4, ), -1.)) for sample in samples[:3]]
+    moved, loose = (MultiLabelReport(topk=None) for _ in range(2))
+    for batch in (samples[:3], few, samples[3:23]):
+        moved.process(None, batch)
+    assert [bool(x.dtype.names) for x in moved.results] == [False] * 3 + [True] * 3 + [False] * 20
+    loose.process(None, samples[:3] + few + samples[3:23])
+    assert moved.evaluate(26) == loose.evaluate(26)
 
 
 def test_samples_with_classes_and_with_scores_in_one_batch():
@@ -649,12 +769,20 @@ def test_report_of_integers_and_doubles():
     assert ap == 100 and multilabel_report(close, labels[:, :1])[0]['OP'] > 0
 
 
+def samples_of_two_kinds():
+    """Of which every other one has few labels."""
+    scores, labels = make_data(12, 21, 60, levels=6)
+    labels[::2, 4:] = -1
+    return make_samples(scores, labels)
+
+
 def evaluate_on_rank(rank, folder):
     torch.distributed.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
-    samples = make_samples(*make_data(12, 21, 3, levels=6))
+    samples = samples_of_two_kinds()
     metric = MultiLabelReport(collect_dir=f'{folder}/parts')
     # as DistributedSampler deals them: alternating, and the first sample once more to fill up
     metric.process(None, (samples + samples[:1])[rank::2])
+    assert bool(metric.results[0].dtype.names) == (rank == 0)
     torch.save(metric.evaluate(21), f'{folder}/{rank}.pt')
     torch.distributed.destroy_process_group()
 
@@ -662,7 +790,7 @@ def evaluate_on_rank(rank, folder):
 def test_two_processes_agree_with_one(tmp_path):
     torch.multiprocessing.spawn(evaluate_on_rank, (str(tmp_path), ), nprocs=2)
     metric = MultiLabelReport()
-    metric.process(None, make_samples(*make_data(12, 21, 3, levels=6)))
+    metric.process(None, samples_of_two_kinds())
     assert torch.load(tmp_path / '0.pt') == torch.load(tmp_path / '1.pt') == metric.evaluate(21)
 
 

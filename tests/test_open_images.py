@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.dataset import ConcatDataset
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope
 from mmpretrain.models import MultiLabelClsHead
 from PIL import Image
 
@@ -17,19 +18,19 @@ from mmasl.datasets.open_images import OpenImages
 
 HEADER = 'ImageID,Source,LabelName,Confidence\n'
 # Neither images nor classes are in order; /m/0zz is none of the classes, and the last image has no other label.
-HUMAN = '''ffb0000000000001,verification,/m/0cat,1
+HUMAN = """ffb0000000000001,verification,/m/0cat,1
 ffb0000000000001,crowdsource-verification,/m/0dog,0
 000a000000000002,verification,/m/0sky,0
 000a000000000002,verification,/m/0zz,1
 000a000000000002,verification,/g/11tree,1
 ffb0000000000001,verification,/m/0sky,1
 0000000000000003,verification,/m/0zz,1
-'''
-MACHINE = '''000a000000000002,machine,/m/0cat,0.7
+"""
+MACHINE = """000a000000000002,machine,/m/0cat,0.7
 000a000000000002,machine,/m/0sky,0.9
 000a000000000002,machine,/m/0dog,0.6
 0b00000000000004,machine,/m/0dog,0.7
-'''
+"""
 CLASSES = ['/m/0sky', '/m/0cat', '/g/11tree', '/m/0dog', '/m/0none']
 FILES = {
     'human.csv': HEADER + HUMAN, 'machine.csv': HEADER + MACHINE, 'classes.txt': '\n'.join(CLASSES) + '\n',
@@ -188,10 +189,37 @@ def test_sample_reaches_the_loss(root):
         dataset = DATASETS.build(config)
     samples = [dataset[i]['data_samples'] for i in range(2)]
     assert samples[0].gt_label.tolist() == [TREE]
-    head = MultiLabelClsHead(loss=dict(type='mmasl.AsymmetricLoss', ignore_index=-1))
-    logits = torch.zeros(2, 5, requires_grad=True)
-    head.loss((logits, ), samples)['loss'].backward()
-    assert logits.grad.sign().tolist() == [[1, 0, -1, 0, 0], [-1, -1, 0, 1, 0]]
+    for weight, gamma in ((0, None), (0.1, None), (1, 7)):
+        head = MultiLabelClsHead(loss=dict(type='mmasl.AsymmetricLoss', ignore_index=-1, weight_unannotated=weight,
+                                           gamma_unannotated=gamma))
+        logits = torch.zeros(2, 5, requires_grad=True)
+        head.loss((logits, ), samples)['loss'].backward()
+        rest = float(weight > 0)
+        assert logits.grad.sign().tolist() == [[1, rest, -1, rest, rest], [-1, -1, rest, 1, rest]]
+        assert logits.grad[0, CAT] < logits.grad[0, SKY]
+
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+
+
+@pytest.mark.parametrize('options, weight, gamma', [
+    ({}, 0.1, None), ({'weight_unannotated': 0}, 0, None), ({'weight_unannotated': 1}, 1, None),
+    ({'weight_unannotated': 1, 'gamma_neg': 4, 'gamma_unannotated': 7}, 1, 7)], ids=str)
+@pytest.mark.parametrize('name', ['bce', 'focal', 'asl'])
+def test_treatments_of_the_configs(name, options, weight, gamma):
+    """The lines of docs/recipes.md, as tools/train.py merges them."""
+    cfg = Config.fromfile(CONFIGS / f'tresnet-l_paper_{name}_open-images-448.py')
+    cfg.merge_from_dict({f'model.head.loss.{key}': value for key, value in options.items()})
+    loss = MODELS.build(cfg.model.head.loss)
+    assert (loss.ignore_index, loss.weight_unannotated) == (-1, weight)
+    assert (None if loss.gamma_unannotated is None else loss.gamma_unannotated.item()) == gamma
+    recipes = (CONFIGS.parent / 'docs/recipes.md').read_text()
+    assert ' '.join(f'model.head.loss.{key}={value}' for key, value in options.items()) in recipes
+    # The data set only marks what the loss and the metric then know.
+    for split in ('train', 'val', 'test'):
+        assert cfg[f'{split}_dataloader'].dataset.unannotated == 'ignore'
+    metric = METRICS.build(cfg.val_evaluator)
+    assert metric.ignore_index == -1 and metric.conventions.no_negative == 'skip' and metric.score_dtype == 'float32'
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
@@ -235,6 +263,12 @@ def test_damaged_files(root, file, text, message):
     with pytest.raises(ValueError, match=message) as error:
         load(root, description_file='names.csv', image_file='images.csv' if file == 'images.csv' else '')
     assert file in str(error.value)
+
+
+def test_no_text(root):
+    (root / 'human.csv').write_bytes((HEADER + HUMAN).encode() + b'\xff\xfe\n')
+    with pytest.raises(ValueError, match='human.csv is damaged'):
+        load(root)
 
 
 @pytest.mark.parametrize('kwargs, message', [

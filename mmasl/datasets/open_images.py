@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from mmengine.logging import print_log
 from mmpretrain.datasets import MultiLabelDataset
 from tqdm import tqdm
 
-from mmasl.datasets.coco import _refuse_repeats
+from mmasl.checks import refuse_repeats
 from mmasl.registry import DATASETS
 
 COLUMNS = ('ImageID', 'LabelName', 'Confidence')
@@ -32,8 +33,8 @@ class OpenImages(MultiLabelDataset):
     - Evaluate with ``unannotated='ignore'``: ``mmasl.MultiLabelReport`` leaves -1 out. Without that, mAP is at most
       half of what is published.
     - Train with 'ignore' and a loss with ``ignore_index=-1``, or with 'negative'. A weight in between, which is what
-      the paper used (App. F, the value is not given), is a matter of the loss and not of the labels: give it 'ignore',
-      so that it can tell the two kinds of negatives apart.
+      the paper used (App. F, the value is not given), or a gamma of their own is a matter of the loss and not of the
+      labels: give 'ignore', and ``weight_unannotated`` of :class:`mmasl.AsymmetricLoss`.
 
     The labels are kept in 24 bytes an image and 2 a label, which workers share, however they start.
 
@@ -71,7 +72,7 @@ class OpenImages(MultiLabelDataset):
                  img_name: str = '{id}.jpg',
                  data_root: str = '',
                  metainfo: dict | None = None,
-                 **kwargs) -> None:
+                 **kwargs: Any) -> None:
         if unannotated not in ('ignore', 'negative'):
             raise ValueError(f"unannotated is {unannotated!r}; it must be 'ignore' or 'negative'")
         if not 0 < min_confidence <= 1:
@@ -150,7 +151,8 @@ class OpenImages(MultiLabelDataset):
                           np.where(confidence[keep] > 0, labels, ~labels)))
         if not parts:
             raise ValueError(f'{path} has no label; get it again')
-        return tuple(map(np.concatenate, zip(*parts)))
+        ids, lengths, labels = map(np.concatenate, zip(*parts))
+        return ids, lengths, labels
 
 
 class LabelledImages(Sequence):
@@ -185,20 +187,22 @@ class LabelledImages(Sequence):
 
     def subset(self, indices: np.ndarray) -> 'LabelledImages':
         """The images at ``indices``, on the same labels."""
-        return LabelledImages(*(x.numpy()[indices] for x in (self.ids, self.starts, self.ends)), self.labels)
+        ids, starts, ends = (x.numpy()[indices] for x in (self.ids, self.starts, self.ends))
+        return LabelledImages(ids, starts, ends, self.labels.numpy())
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, idx: int) -> dict:
+    def __getitem__(self, idx: int) -> dict:  # type: ignore[override]  # no slices
         labels = self.labels[self.starts[idx]:self.ends[idx]]
         return dict(img_id=f'{self.ids[idx].item() % 2**64:016x}', labels=labels.numpy())
 
 
-def _open(path: str):
+def _open(path: str) -> TextIO:
     if not os.path.exists(path):
         raise FileNotFoundError(f'There is no file {path}. {CURE}')
-    return open(path, newline='', encoding='utf-8')
+    # What is no text then fails as a row, with its file and line.
+    return open(path, newline='', encoding='utf-8', errors='replace')
 
 
 def _read_rows(path: str, label_size: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -248,7 +252,7 @@ def _read_column(path: str, what: str) -> list[str]:
     with _open(path) as file:
         values = [row[0].strip() for row in csv.reader(file) if row]
     values = values[1:] if values[:1] in (['ImageID'], ['LabelName']) else values
-    _refuse_repeats(values, f'{path} lists {what}')
+    refuse_repeats(values, f'{path} lists {what}')
     if not values:
         raise ValueError(f'{path} lists no {what}')
     return values
