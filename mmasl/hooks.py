@@ -5,6 +5,7 @@ What they read, :attr:`AsymmetricLoss.probability_sums`, falls out of the loss; 
 """
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.dist import all_reduce
@@ -89,15 +90,16 @@ class ProbabilityGapHook(Hook):
     def before_train(self, runner: Runner) -> None:
         self.losses = find_losses(runner.model)
         if not self.losses:
-            raise ValueError(f"{type(self).__name__} found no mmasl.AsymmetricLoss in the model: set the head's loss, as "
-                             "in model.head.loss=dict(_delete_=True, type='mmasl.AsymmetricLoss'), or remove the hook")
+            raise ValueError(f"{type(self).__name__} found no mmasl.AsymmetricLoss in the model: set the head's loss, "
+                             "as in model.head.loss=dict(_delete_=True, type='mmasl.AsymmetricLoss'), or remove the "
+                             'hook')
         for loss in self.losses:
             loss.track_probabilities = True
         shapes = [torch.broadcast_shapes(loss.gamma_neg.shape, loss.clip.shape) if self.per_class else ()
                   for loss in self.losses]
         self.sums = [loss.gamma_neg.new_zeros(4, *shape) for loss, shape in zip(self.losses, shapes)]
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if not self._has_updated(runner):
             return  # gradients are being accumulated, and so are the sums
         for number, (loss, sums) in enumerate(zip(self.losses, self.sums)):
@@ -232,7 +234,7 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
                 raise ValueError(f'{name}={(low, high)} must be two numbers in [0, {end:g}), the lower first')
         self.target = target
         self.step = step
-        self.rate = step
+        self.rate = step or 0.  # without a step it depends on the length of the training
         self.damping = damping
         self.begin = begin
         self.decay = decay

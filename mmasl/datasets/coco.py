@@ -1,24 +1,18 @@
 """COCO as a multi-label data set: the categories of an image's instances are its labels."""
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterable
+from typing import Any
 
 from mmengine.fileio import exists, get, join_path
 from mmengine.logging import print_log
 from mmpretrain.datasets import MultiLabelDataset
 
+from mmasl.checks import check_entries, refuse_repeats
 from mmasl.registry import DATASETS
 
 CURE = ('Get the images and instances_*.json from https://cocodataset.org/#download, or set data_root, ann_file and '
         'data_prefix to where they lie. No download is needed for configs/*_digits.py, on the data that '
         'tools/make_digits.py writes')
-
-
-def _refuse_repeats(values: Iterable, where: str) -> None:
-    value, times = max(Counter(values).items(), key=lambda item: item[1], default=(None, 0))
-    if times > 1:
-        raise ValueError(f'{where} {value!r} {times} times')
 
 
 @DATASETS.register_module()
@@ -38,11 +32,11 @@ class CocoMultiLabel(MultiLabelDataset):
 
     Raises:
         FileNotFoundError: The annotation file or the first image does not exist.
-        ValueError: The file is damaged or of another kind, annotates unknown images or categories, lists an image id or
+        ValueError: The file is damaged or of another kind, annotates unknown images or categories, lists an image or
             category twice, lacks a selected class, or leaves no image.
     """
 
-    def __init__(self, ann_file: str, keep_empty: bool = False, **kwargs) -> None:
+    def __init__(self, ann_file: str, keep_empty: bool = False, **kwargs: Any) -> None:
         self.keep_empty = keep_empty
         prefix = kwargs.get('data_prefix', '')
         if isinstance(prefix, dict) and 'img_path' not in prefix:
@@ -68,12 +62,11 @@ class CocoMultiLabel(MultiLabelDataset):
     def load_data_list(self) -> list[dict]:
         """Read the annotation file: one dict an image."""
         content = self._load_file()
-        for key, what in (('images', 'image'), ('categories', 'category')):
-            _refuse_repeats([entry['id'] for entry in content[key]], f'{self.ann_file} lists {what} id')
+        check_entries(content, self.ann_file, dict(images=('id', 'file_name'), categories=('id', 'name')))
         names = {category['id']: category['name'] for category in content['categories']}
-        _refuse_repeats(names.values(), f'{self.ann_file} lists category')
+        refuse_repeats(names.values(), f'{self.ann_file} lists category')
         classes = self._metainfo['classes'] = tuple(self._metainfo.get('classes', names.values()))
-        _refuse_repeats(classes, 'classes has')
+        refuse_repeats(classes, 'classes has')
         unknown = sorted(set(classes) - set(names.values()))
         if unknown:
             raise ValueError(f'classes {unknown} are not in {self.ann_file}, which has {list(names.values())}')
@@ -81,12 +74,12 @@ class CocoMultiLabel(MultiLabelDataset):
         index = {name: i for i, name in enumerate(classes)}
         # None: a category of the file that is not selected.
         label_of = {category_id: index.get(name) for category_id, name in names.items()}
-        labels = {image['id']: set() for image in content['images']}
+        labels: dict[Any, set[Any]] = {image['id']: set() for image in content['images']}
         for ann in content['annotations']:
             try:
                 labels[ann['image_id']].add(label_of[ann['category_id']])
             except KeyError:
-                raise ValueError(self._explain(ann, labels, label_of)) from None
+                raise ValueError(self._explain(ann, labels)) from None
         data_list = []
         for image in content['images']:
             gt_label = sorted(labels[image['id']] - {None})
@@ -101,7 +94,7 @@ class CocoMultiLabel(MultiLabelDataset):
             raise FileNotFoundError(f'There is no annotation file {self.ann_file}. {CURE}')
         try:
             # Labels need no decimal number, and polygons are millions: `{}.get` drops them, in a third of the time.
-            content = json.loads(get(self.ann_file), parse_float={}.get)
+            content = json.loads(get(self.ann_file), parse_float=dict[str, None]().get)
         except ValueError as error:
             raise ValueError(f'{self.ann_file} is not a whole JSON file ({error}): download it again') from error
         wanted = {'images', 'annotations', 'categories'}
@@ -111,13 +104,12 @@ class CocoMultiLabel(MultiLabelDataset):
                              f'{sorted(found)}. Give instances_*.json, not captions_* or image_info_*')
         return content
 
-    def _explain(self, ann: dict, images: dict, categories: dict) -> str:
-        for key, known in (('image_id', images), ('category_id', categories)):
-            if key not in ann:
-                return (f'{self.ann_file} is no COCO instances file: annotation {ann.get("id")} has no {key}. Give '
-                        'instances_*.json')
-            if ann[key] not in known:
-                return f'annotation {ann.get("id")} in {self.ann_file} has the unknown {key} {ann[key]}'
+    def _explain(self, ann: dict, images: dict) -> str:
+        key = 'category_id' if ann.get('image_id') in images else 'image_id'
+        if key not in ann:
+            return (f'{self.ann_file} is no COCO instances file: annotation {ann.get("id")} has no {key}. Give '
+                    'instances_*.json')
+        return f'annotation {ann.get("id")} in {self.ann_file} has the unknown {key} {ann[key]}'
 
     def _report(self, data_list: list[dict], total: int) -> None:
         """Tell before any work is lost what is missing from the file, its classes and the image folder."""
@@ -127,6 +119,9 @@ class CocoMultiLabel(MultiLabelDataset):
         first = data_list[0]['img_path']
         if not exists(first):
             raise FileNotFoundError(f'There is no image {first}, the first of {self.ann_file}. {CURE}')
+        if len(data_list) < total:
+            print_log(f'{self.ann_file}: {total - len(data_list):,} of {total:,} images have no label and are left out',
+                      'current')
         seen = {label for data in data_list for label in data['gt_label']}
         empty = [name for i, name in enumerate(self._metainfo['classes']) if i not in seen]
         if empty:

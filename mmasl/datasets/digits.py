@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import cv2
@@ -25,7 +25,7 @@ MAX_OVERLAP = 0.1  # of the smaller of two boxes
 PLACE_TRIES, SCENE_TRIES = 32, 200
 
 
-@lru_cache(maxsize=None)
+@cache
 def _samples() -> tuple[np.ndarray, np.ndarray]:
     """Bitmaps (1797, 8, 8) float32 in [0, 1] and their digits (1797,)."""
     try:
@@ -37,7 +37,7 @@ def _samples() -> tuple[np.ndarray, np.ndarray]:
     return (digits.images / 16).astype(np.float32), digits.target
 
 
-@lru_cache(maxsize=None)
+@cache
 def handwriting(split: str) -> tuple[np.ndarray, ...]:
     """Sample numbers of each digit 0-9 in a split: a fixed fifth of every digit is kept for 'val'."""
     if split not in SPLITS:
@@ -74,7 +74,7 @@ def _draw_glyph(rng: np.random.Generator, bitmap: np.ndarray, height: float) -> 
     opacity = cv2.warpAffine(bitmap, np.column_stack([matrix, shift]), (canvas, canvas), flags=cv2.INTER_CUBIC)
     opacity = ((opacity - 0.3) / 0.4).clip(0, 1)
     opacity[opacity < 0.1] = 0
-    rows, cols = opacity.any(1).nonzero()[0], opacity.any(0).nonzero()[0]
+    rows, cols = (np.flatnonzero(opacity.any(axis)) for axis in (1, 0))
     return opacity[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1]
 
 
@@ -83,14 +83,15 @@ def _place(rng: np.random.Generator, shapes: list[tuple[int, int]], size: int, r
 
     ``reach`` is the share of the free room around a centred box over which its place varies.
     """
-    boxes = np.empty((0, 4), int)
+    boxes: np.ndarray = np.empty((0, 4), int)
     for height, width in shapes:
-        room = size - np.array([width, height])
+        sides = np.array([width, height])
+        room = size - sides
         corners = (room * (0.5 + reach * rng.uniform(-0.5, 0.5, (PLACE_TRIES, 2)))).round().astype(int)
-        tries = np.hstack([corners, corners + [width, height]])
-        sides = np.minimum(tries[:, None, 2:], boxes[:, 2:]) - np.maximum(tries[:, None, :2], boxes[:, :2])
+        tries = np.hstack([corners, corners + sides])
+        overlap = np.minimum(tries[:, None, 2:], boxes[:, 2:]) - np.maximum(tries[:, None, :2], boxes[:, :2])
         smaller = np.minimum(width * height, (boxes[:, 2:] - boxes[:, :2]).prod(1))
-        free = (sides.clip(0).prod(2) <= MAX_OVERLAP * smaller).all(1)
+        free = (overlap.clip(0).prod(2) <= MAX_OVERLAP * smaller).all(1)
         if not free.any():
             return None
         boxes = np.vstack([boxes, tries[free.argmax()]])

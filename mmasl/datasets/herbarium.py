@@ -1,12 +1,13 @@
 """Herbarium 2020 (FGVC7): one plant species an image, 32,000 species with a long tail."""
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from mmengine.fileio import exists, get, join_path
 from mmpretrain.datasets import BaseDataset
 
-from mmasl.datasets.coco import _refuse_repeats
+from mmasl.checks import check_entries
 from mmasl.registry import DATASETS
 
 SPLITS = ('train', 'val', 'all')
@@ -34,11 +35,11 @@ class Herbarium2020(BaseDataset):
 
     Raises:
         FileNotFoundError: The file or the first image does not exist.
-        ValueError: The file is damaged or of another kind, lists an id twice, annotates unknown images or categories,
-            or does not give each image one category; or an argument is out of its range.
+        ValueError: The file is damaged or of another kind, lists an image or id twice, annotates unknown images or
+            categories, or does not give each image one category; or an argument is out of its range.
     """
 
-    def __init__(self, ann_file: str, split: str, val_fraction: float = 0.1, **kwargs) -> None:
+    def __init__(self, ann_file: str, split: str, val_fraction: float = 0.1, **kwargs: Any) -> None:
         if split not in SPLITS:
             raise ValueError(f'split is {split!r}; it must be one of {SPLITS}')
         if not 0 < val_fraction < 1:
@@ -52,8 +53,7 @@ class Herbarium2020(BaseDataset):
     def load_data_list(self) -> list[dict]:
         """Read the JSON: one dict an image."""
         content = self._load_file()
-        for key, what in (('images', 'image'), ('categories', 'category')):
-            _refuse_repeats([entry['id'] for entry in content[key]], f'{self.ann_file} lists {what} id')
+        check_entries(content, self.ann_file, dict(images=('id', 'file_name'), categories=('id', 'name')))
         categories = sorted(content['categories'], key=lambda category: category['id'])
         self._metainfo['classes'] = tuple(category['name'] for category in categories)
         index = {category['id']: i for i, category in enumerate(categories)}
@@ -113,10 +113,10 @@ def held_out(ids: Sequence[int], labels: Sequence[int], fraction: float) -> np.n
     """
     # Multiplication by 2^64 / golden ratio scatters the ids, evenly, and the same on every machine.
     scattered = np.asarray(ids, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    labels = np.asarray(labels, np.int64)
-    order = np.lexsort((scattered, labels))
-    count = np.bincount(labels, minlength=1)
+    of = np.asarray(labels, np.int64)
+    order = np.lexsort((scattered, of))
+    count = np.bincount(of, minlength=1)
     wanted = np.minimum(np.maximum(np.rint(fraction * count), 1), count - 1)
-    rank = np.empty(len(labels), np.int64)
-    rank[order] = np.arange(len(labels)) - (count.cumsum() - count)[labels[order]]
-    return rank < wanted[labels]
+    rank = np.empty(len(of), np.int64)
+    rank[order] = np.arange(len(of)) - (count.cumsum() - count)[of[order]]
+    return rank < wanted[of]

@@ -2,12 +2,13 @@
 import csv
 import io
 import logging
+from typing import Any
 
 from mmengine.fileio import exists, get_text, join_path
 from mmengine.logging import print_log
 from mmpretrain.datasets import MultiLabelDataset
 
-from mmasl.datasets.coco import _refuse_repeats
+from mmasl.checks import refuse_repeats
 from mmasl.registry import DATASETS
 
 CONCEPTS = (
@@ -18,6 +19,7 @@ CONCEPTS = (
     'rainbow', 'reflection', 'road', 'rocks', 'running', 'sand', 'sign', 'sky', 'snow', 'soccer', 'sports', 'statue',
     'street', 'sun', 'sunset', 'surf', 'swimmers', 'tattoo', 'temple', 'tiger', 'tower', 'town', 'toy', 'train', 'tree',
     'valley', 'vehicle', 'water', 'waterfall', 'wedding', 'whales', 'window', 'zebra')
+SPLITS = ('train', 'val', 'test')
 COLUMNS = ('filepath', 'label', 'split_name')
 CURE = ('Get nus_wid_data.csv and the images as MODEL_ZOO.md of https://github.com/Alibaba-MIIL/ASL says, or set '
         'data_root, ann_file and data_prefix to where they lie. No download is needed for configs/*_digits.py, on the '
@@ -49,25 +51,29 @@ class NUSWide(MultiLabelDataset):
     """
     METAINFO = dict(classes=CONCEPTS)
 
-    def __init__(self, ann_file: str, split: str, keep_empty: bool = False, **kwargs) -> None:
+    def __init__(self, ann_file: str, split: str, keep_empty: bool = False, **kwargs: Any) -> None:
         self.split = split
         self.keep_empty = keep_empty
         super().__init__(ann_file, **kwargs)
 
     def load_data_list(self) -> list[dict]:
         """Read the CSV: one dict an image."""
-        _refuse_repeats(self.CLASSES, 'classes has')
+        refuse_repeats(self.CLASSES, 'classes has')
         rows = self._load_rows()
-        _refuse_repeats([path for path, _, _ in rows], f'{self.ann_file} lists')
+        refuse_repeats([path for path, _, _ in rows], f'{self.ann_file} lists')
         splits = sorted({split for _, _, split in rows})
         if self.split not in splits:
             raise ValueError(f'split is {self.split!r}; {self.ann_file} has {splits}')
+        if odd := sorted(set(splits) - {*SPLITS, self.split}):
+            print_log(f'{self.ann_file} has rows of other splits than {SPLITS}, of {odd}: is it cut off?', 'current',
+                      logging.WARNING)
 
-        index, other_names, data_list = self.class_to_idx, set(), []
+        index, other_names, data_list, total = self.class_to_idx, set(), [], 0
         fixed = tuple(self.CLASSES) == CONCEPTS
         for path, label, split in rows:
             if split != self.split:
                 continue
+            total += 1
             names = {name.strip(' \'"') for name in label.strip('[] ').split(',')} - {''}
             if fixed and not names <= index.keys():
                 raise ValueError(f'{self.ann_file} labels {path} with {sorted(names - index.keys())}, which are none '
@@ -76,26 +82,29 @@ class NUSWide(MultiLabelDataset):
             gt_label = sorted(index[name] for name in names & index.keys())
             if gt_label or self.keep_empty:
                 data_list.append(dict(img_path=join_path(self.img_prefix, path), gt_label=gt_label))
-        self._report(data_list, other_names)
+        self._report(data_list, other_names, total)
         return data_list
 
     def _load_rows(self) -> list[tuple[str, str, str]]:
         if not exists(self.ann_file):
             raise FileNotFoundError(f'There is no annotation file {self.ann_file}. {CURE}')
-        reader = csv.DictReader(io.StringIO(get_text(self.ann_file), newline=''))
+        try:
+            reader = csv.DictReader(io.StringIO(get_text(self.ann_file), newline=''))
+        except UnicodeDecodeError as error:
+            raise ValueError(f'{self.ann_file} is no text ({error}): get it again') from error
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
         if missing:
             raise ValueError(f'{self.ann_file} lacks the columns {missing} and has {reader.fieldnames}: name them in '
                              'its first line')
-        rows = []
+        rows: list[Any] = []
         for row in reader:
             rows.append(tuple(row[name] for name in COLUMNS))
             if None in rows[-1] or None in row:
-                raise ValueError(f'{self.ann_file}, line {reader.line_num}: expected {len(reader.fieldnames)} columns, '
-                                 'with the list of labels in double quotes')
+                raise ValueError(f'{self.ann_file}, line {reader.line_num}: expected {len(reader.fieldnames or ())} '
+                                 'columns, with the list of labels in double quotes')
         return rows
 
-    def _report(self, data_list: list[dict], other_names: set[str]) -> None:
+    def _report(self, data_list: list[dict], other_names: set[str], total: int) -> None:
         if not data_list:
             raise ValueError(f'no image of split {self.split!r} in {self.ann_file} has a label of the '
                              f'{len(self.CLASSES)} classes' + (f', but of {sorted(other_names)}: correct '
@@ -103,6 +112,9 @@ class NUSWide(MultiLabelDataset):
         first = data_list[0]['img_path']
         if not exists(first):
             raise FileNotFoundError(f'There is no image {first}, the first of {self.ann_file}. {CURE}')
+        if len(data_list) < total:
+            print_log(f'{self.ann_file} ({self.split}): {total - len(data_list):,} of {total:,} images have no label '
+                      'and are left out', 'current')
         seen = {label for data in data_list for label in data['gt_label']}
         empty = [name for i, name in enumerate(self.CLASSES) if i not in seen]
         for what, names in (('has no image of', empty), ('has labels left out, of', sorted(other_names))):

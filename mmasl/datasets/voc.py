@@ -7,6 +7,7 @@ import numpy as np
 from mmengine.logging import print_log
 from mmpretrain.datasets import VOC
 
+from mmasl.checks import refuse_repeats
 from mmasl.registry import DATASETS
 
 LAYOUT = ('data_root must hold JPEGImages/, Annotations/ and ImageSets/Main/, as VOC2007 from '
@@ -32,7 +33,7 @@ class VOCMultiLabel(VOC):
     Raises:
         FileNotFoundError: A part of the layout does not exist.
         ValueError: ``difficult`` is none of the three, an object is of an unknown class while ``classes`` was not set,
-            an annotation file is damaged, or no image has a label.
+            an annotation file is damaged, an image is listed twice, or no image has a label.
     """
 
     def __init__(self, data_root: str, *, difficult: str, **kwargs: Any) -> None:
@@ -44,10 +45,11 @@ class VOCMultiLabel(VOC):
     def load_data_list(self) -> list[dict]:
         """Read the image set and its annotations: one dict an image."""
         self._require(self.image_set_path, 'list of images')
-        self._other_names = set()
+        self._other_names: set[str] = set()
         data_list = super().load_data_list()
         if not data_list:
             raise ValueError(f'{self.image_set_path} lists no image')
+        refuse_repeats([info['img_path'] for info in data_list], f'{self.image_set_path} lists')
         self._require(data_list[0]['img_path'], 'image')
         if self.ann_prefix is None:
             return data_list
@@ -69,11 +71,14 @@ class VOCMultiLabel(VOC):
             root = ET.fromstring(self.backend.get(path))
         except ET.ParseError as error:
             raise ValueError(f'{path} is not whole XML ({error}): get it again') from error
-        index, plain, difficult = self.class_to_idx, set(), set()
+        index, plain, difficult = self.class_to_idx, set[int](), set[int]()
         for obj in root.findall('object'):
-            name = obj.findtext('name')
+            name = obj.findtext('name', '')
+            mark = obj.findtext('difficult', '0').strip()
+            if mark not in ('0', '1'):
+                raise ValueError(f'{path} has an object of class {name!r} with difficult={mark!r}, which is 0 or 1')
             if name in index:
-                (difficult if int(obj.findtext('difficult', '0')) else plain).add(index[name])
+                (difficult if mark == '1' else plain).add(index[name])
             elif tuple(self.CLASSES) == tuple(VOC.METAINFO['classes']):
                 raise ValueError(f'{path} has an object of class {name!r}, which VOC does not have: name the classes '
                                  'of this data with metainfo=dict(classes=[...])')
@@ -91,6 +96,9 @@ class VOCMultiLabel(VOC):
         if not seen:
             raise ValueError(f'no image of {self.image_set_path} has an object of the classes {list(self.CLASSES)}; '
                              f'its objects are {sorted(self._other_names)}: correct metainfo=dict(classes=[...])')
+        if not any(info['gt_label'] for info in data_list):
+            raise ValueError(f'{self.image_set_path} has difficult objects only, and difficult={self.difficult!r} '
+                             "leaves no positive label: choose another list, or difficult='positive'")
         empty = [name for i, name in enumerate(self.CLASSES) if i not in seen]
         for what, names in (('has no object of', empty), ('has objects left out, of', sorted(self._other_names))):
             if names:
