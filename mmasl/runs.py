@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
+from mmasl.resume import write_whole
+
 TRAIN = Path(__file__).parents[1] / 'tools' / 'train.py'
 PROGRESS = re.compile(r'Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: ([\d:]+(?: days?, [\d:]+)?)')
 
@@ -103,7 +105,10 @@ class Run:
         rows = {}
         for path in sorted(self._folder.glob('*/vis_data/scalars.json')):
             for line in path.read_text().splitlines():
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the run was killed, or the disk full, in the middle of a line
                 if ('iter' in row) == training:
                     rows[row['step']] = row  # a later file is that of a resumed run, and counts
         return [rows[step] for step in sorted(rows)]
@@ -119,13 +124,14 @@ class Run:
 
     def _stamp(self, finished: bool) -> None:
         stamp = dict(config=self.config, options=self.options, settings=self._settings(), finished=finished)
-        (self._folder / 'run.json').write_text(json.dumps(stamp, indent=2) + '\n')
+        write_whole(self._folder / 'run.json', (json.dumps(stamp, indent=2) + '\n').encode())
 
 
 def write_rows(path: Path, rows: Sequence[dict]) -> None:
     """Write measured rows as CSV, each with the commit, the day, and the torch and device that they were made with."""
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores {platform.machine()}'
+    device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
+              f'{os.cpu_count()} cores {platform.machine()}')
     origin = dict(commit=commit, date=datetime.date.today().isoformat(), torch=torch.__version__, device=device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('w', newline='') as file:
@@ -134,20 +140,28 @@ def write_rows(path: Path, rows: Sequence[dict]) -> None:
         writer.writerows(origin | row for row in rows)  # rows of an earlier run keep their origin
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
 def fill_blocks(text: str, makers: Mapping[str, Callable[[str], str]]) -> str:
-    """A document with what stands between ``<!-- KIND: WHAT -->`` and ``<!-- end -->`` made anew by ``makers[KIND](WHAT)``.
+    """A document in which ``makers[KIND](WHAT)`` made what is from ``<!-- KIND: WHAT -->`` to ``<!-- end -->`` anew.
 
     Comments of other kinds are left alone.
     """
     def fill(match: re.Match) -> str:
-        kind, what = match['kind'], match['what']
-        return f'<!-- {kind}: {what} -->\n{makers[kind](what)}\n<!-- end -->' if kind in makers else match[0]
+        opening, kind, what = match.groups()
+        return f'{opening}{makers[kind](what)}\n<!-- end -->' if kind in makers else match[0]
 
-    return re.sub(r'<!-- (?P<kind>\w+): (?P<what>[^>]*?) -->\n.*?<!-- end -->', fill, text, flags=re.DOTALL)
+    return re.sub(r'(<!-- (\w+): ([^>]*?) -->\n).*?<!-- end -->', fill, text, flags=re.DOTALL)
 
 
 def train(runs: Sequence[Run], jobs: int | None = None, gpus: int = 1) -> None:
-    """Train what is not finished yet, ``jobs`` at a time (default: one per core) on ``gpus`` each, and show the progress.
+    """Train what is not finished, ``jobs`` at a time (default: one per core) on ``gpus`` each, and show the progress.
 
     Raises:
         SystemExit: A run failed; the others are stopped, and resume at the next call.

@@ -7,18 +7,19 @@ import argparse
 import os.path as osp
 import sys
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from mmasl.datasets.digits import DigitScenes  # noqa: E402
-from mmasl.paper.experiments import EXTRA, Row, Training, digits_of, items, rows  # noqa: E402
-from mmasl.paper.render import CURVES, Results, draw, render  # noqa: E402
-from mmasl.runs import Run, fill_blocks, train, write_rows  # noqa: E402
+from mmasl.datasets.digits import DigitScenes
+from mmasl.paper.experiments import EXTRA, Row, Training, digits_of, items, rows
+from mmasl.paper.render import CURVES, Results, draw, render
+from mmasl.runs import Run, fill_blocks, train, write_rows
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / 'docs' / 'reproduce.md'
@@ -39,7 +40,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--data', choices=['digits', 'real'], help="default: 'digits'; both for --list")
     parser.add_argument('--seeds', type=int, help='trainings of each row (default: 5 on digits, 1 on real data)')
     parser.add_argument('--gpus', type=int, default=max(1, torch.cuda.device_count()), help='of one training')
-    parser.add_argument('--jobs', type=int, help='trainings side by side (default: one per core without a GPU, else one)')
+    parser.add_argument('--jobs', type=int,
+                        help='trainings side by side (default: one per core without a GPU, else one)')
     parser.add_argument('--work-dir', default='work_dirs/paper', help='folder of the runs (default: %(default)s)')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/paper/results'),
                         help='folder of rows, tables and pictures; benchmarks/paper holds those of docs/reproduce.md, '
@@ -84,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             collect(runs, seed, curved, results)
             results = Results(args.out, data)
     for item in args.items:
-        picture = args.out / data / item.lower().replace('. ', '').replace(' ', '')
-        drawn = draw(item, results, [picture.with_suffix('.svg'), picture.with_suffix('.png')])
-        text = f'## {item}\n{render(item, results)}\n' + (f'\n![{item}]({picture.name}.svg)\n' if drawn else '')
+        picture = picture_of(item, data, args.out)
+        drawn = draw(item, results, [picture, picture.with_suffix('.png')])
+        text = f'## {item}\n{render(item, results)}\n' + (f'\n![{item}]({picture.name})\n' if drawn else '')
         picture.parent.mkdir(parents=True, exist_ok=True)
         picture.with_suffix('.md').write_text(text)
         print(f'\n{text}')
@@ -96,11 +98,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def page(text: str, folder: Path) -> str:
-    """docs/reproduce.md with the tables of ``<!-- paper: ITEM, DATA -->`` made from the rows in a folder."""
+    """docs/reproduce.md with the tables and pictures of ``<!-- paper: ITEM, DATA -->`` made from a folder's rows."""
     def block(what: str) -> str:
         item, data = what.rsplit(', ', 1)
-        return render(item, Results(folder, data))
+        drawn = picture_of(item, data, folder)
+        link = f'\n\n![{item}](../{drawn.relative_to(ROOT).as_posix()})' if drawn.exists() else ''
+        return render(item, Results(folder, data)) + link
     return fill_blocks(text, dict(paper=block))
+
+
+def picture_of(item: str, data: str, folder: Path) -> Path:
+    return folder / data / f'{item.lower().replace(". ", "").replace(" ", "")}.svg'
 
 
 def run_of(training: Training, data: str, seed: int, work_dir: str) -> Run:
@@ -111,7 +119,7 @@ def run_of(training: Training, data: str, seed: int, work_dir: str) -> Run:
     return Run(training.path, f'{work_dir}/{data}/{training.name}_seed{seed}', options)
 
 
-@lru_cache(maxsize=None)
+@cache
 def config(training: Training) -> Config:
     cfg = Config.fromfile(training.path)
     cfg.merge_from_dict(dict(training.options))
@@ -143,8 +151,8 @@ def prepare(trainings: Sequence[Training], data: str) -> None:
             if scenes is not None:
                 scenes.write(root)
             elif not osp.isdir(root):
-                raise SystemExit(f'{training.path} needs {root}, which is missing: its docstring and docs/recipes.md say '
-                                 'what belongs there, or change data_root with --cfg-options in tools/train.py')
+                raise SystemExit(f'{training.path} needs {root}, which is missing: its docstring and docs/recipes.md '
+                                 'say what belongs there, or change data_root with --cfg-options in tools/train.py')
     runs = [Run(training.path, osp.dirname(path)) for path, training in first.items() if not osp.exists(path)]
     if runs:
         print('== what the others start from')
@@ -153,8 +161,9 @@ def prepare(trainings: Sequence[Training], data: str) -> None:
 
 def collect(runs: dict[Training, Run], seed: int, curved: set[Training], results: Results) -> None:
     """Add finished runs to the rows, and curves to theirs."""
-    new = [dict(config=one.config, options=one.overrides, seed=seed, **scalars(run)) for one, run in runs.items()]
-    curves = [dict(config=one.config, options=one.overrides, seed=seed, **point)
+    new: list[dict[str, Any]] = [
+        dict(config=one.config, options=one.overrides, seed=seed, **scalars(run)) for one, run in runs.items()]
+    curves: list[dict[str, Any]] = [dict(config=one.config, options=one.overrides, seed=seed, **point)
               for one, run in runs.items() if one in curved for point in curve(run)]
     for path, old, added in ((results.path, results.rows, new), (results.curves_path, results.curve_rows, curves)):
         keys = {(row['config'], row['options'], str(row['seed'])) for row in added}
@@ -168,8 +177,9 @@ def collect(runs: dict[Training, Run], seed: int, curved: set[Training], results
 def scalars(run: Run) -> dict[str, str]:
     """The last evaluation, in percent, and the end of the training."""
     last, steps = run.evaluations()[-1], run.training()
-    values = {key.split('/')[-1]: value * (100 if key.startswith('coco/') else 1) for key, value in last.items()
-              if '/' in key and isinstance(value, (int, float))}
+    values: dict[str, Any] = {
+        key.split('/')[-1]: value * (100 if key.startswith('coco/') else 1) for key, value in last.items()
+        if '/' in key and isinstance(value, (int, float))}
     end = [row for row in steps if row['step'] > (1 - END) * steps[-1]['step']]
     for name in ('p_t_pos', 'p_t_neg', 'gap'):
         if name in end[-1]:

@@ -1,6 +1,7 @@
 """The trainings behind the paper's numbers: every row of its tables and figures as a config and what to change in it.
 
-On the paper's own data ('real'), and the same comparisons on the handwritten digits ('digits'), which 2 CPU cores train.
+On the paper's own data ('real'), and the same comparisons on the handwritten digits ('digits'), which 2 CPU cores
+train.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -33,7 +34,8 @@ class Loss:
             return f'adaptive, target {self.target:g}'
         name = {'bce': 'CE', 'focal': f'focal, gamma {self.gamma_neg:g}'}.get(
             self.kind, f'gamma_pos {self.gamma_pos:g}, gamma_neg {self.gamma_neg:g}')
-        return name + (f', margin {self.clip:g}' if self.clip else '') + (f', alpha {self.alpha:g}' if self.alpha else '')
+        name += f', margin {self.clip:g}' if self.clip else ''
+        return name + (f', alpha {self.alpha:g}' if self.alpha else '')
 
     @property
     def kind(self) -> str:
@@ -225,8 +227,8 @@ def _fig8(data: str, entries: list[Entry]) -> Iterator[Row]:
         for printed, loss in {'Cross-entropy': CE, 'Focal loss': FOCAL, 'ASL': ASL}.items():
             pattern = stem + ('_{}_coco' if data == 'real' else '_{}_digits_paper')
             label = f'{name}, {printed}' if name != 'OFA-595' else f'EfficientNet-B1 for OFA-595, {printed}'
-            yield Row('Fig. 8', label, (_training(pattern, loss.kind, loss), ),
-                      tuple(e for e in entries if (e.row, e.column) == (printed, name) and e.value is not None), printed)
+            known = tuple(e for e in entries if (e.row, e.column) == (printed, name) and e.value is not None)
+            yield Row('Fig. 8', label, (_training(pattern, loss.kind, loss), ), known, printed)
 
 
 def _table13(data: str, entries: list[Entry]) -> Iterator[Row]:
@@ -255,7 +257,7 @@ def _drawn(item: str, entries: list[Entry]) -> Iterator[Row]:
 
 
 def _of_entries(item: str, entries: list[Entry]) -> Iterator[Row]:
-    """Rows of the known methods and of the losses on a data set; a column of its own pre-training is a row of its own."""
+    """Rows of the known methods and of the losses on a data set; a column of its own pre-training is its own row."""
     found: dict[tuple, list[Entry]] = {}
     for entry in entries:
         found.setdefault((entry.row, _config(entry) if entry.source == 'ours' else None), []).append(entry)
@@ -270,13 +272,13 @@ def _config(entry: Entry) -> str:
     """The config of a number that the paper's authors measured."""
     backbone = {'ResNet101': 'resnet101', 'TResNet-L': 'tresnet-l_paper', None: 'tresnet-l_paper'}[entry.backbone]
     data = {'MS-COCO': 'coco', 'Pascal-VOC 2007': 'voc', 'NUS-WIDE': 'nus-wide', 'Open Images v6': 'open-images-448',
-            'Herbarium 2020': 'herbarium'}[entry.dataset]
+            'Herbarium 2020': 'herbarium'}[str(entry.dataset)]
     if entry.pretrain == 'MS-COCO':
         data += '-from-coco'
     elif entry.pretrain == 'ImageNet-21K':
         backbone = 'tresnet-l-v2-21k_paper'
         data += '-640' if entry.input_size == 640 else ''
-    return f'{backbone}_{dict(CE="bce", focal="focal", ASL="asl")[entry.loss]}_{data}'
+    return f'{backbone}_{dict(CE="bce", focal="focal", ASL="asl")[str(entry.loss)]}_{data}'
 
 
 _COMPARISONS = {'Fig. 4': _fig4, 'Fig. 5': _fig5, 'Fig. 6': _fig6, 'Fig. 7': _fig7, 'Fig. 8': _fig8, 'Fig. 9': _fig9,

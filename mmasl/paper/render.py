@@ -1,12 +1,13 @@
 """Tables and pictures of the paper's comparisons, from the rows that tools/reproduce.py writes."""
-import csv
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..analysis import Setting, analyse
+from ..runs import read_rows
 from .experiments import COLUMNS, EXTRA, Row, Training, rows
 from .numbers import FOOTNOTES, Entry
 
@@ -45,26 +46,19 @@ class Results:
         """Shares of the training, (T,), and a scalar there, the mean over the seeds, (T,)."""
         found = self._of(training, self.curve_rows)
         shares = sorted({float(row['share']) for row in found})
-        return np.array(shares), np.array([np.mean([float(row[scalar]) for row in found if float(row['share']) == share])
-                                           for share in shares])
+        return np.array(shares), np.array([
+            np.mean([float(row[scalar]) for row in found if float(row['share']) == share]) for share in shares])
 
     @staticmethod
     def _of(training: Training, found: Iterable[dict]) -> list[dict]:
         return [row for row in found if (row['config'], row['options']) == (training.config, training.overrides)]
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean, and half of its 95 % interval (Student's t; NaN for one value)."""
     from scipy.stats import t
-    values, count = np.asarray(values, float), len(values)
-    return values.mean(), t.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5 if count > 1 else np.nan
+    x, count = np.asarray(values, float), len(values)
+    return x.mean(), t.ppf(0.975, count - 1) * x.std(ddof=1) / count**0.5 if count > 1 else np.nan
 
 
 def best(row: Row, results: Results) -> Training:
@@ -107,7 +101,7 @@ def render(item: str, results: Results) -> str:
         cells += [_printed(next((entry for entry in row.entries if entry.column == column), None), notes)
                   for column in columns]
         if trained:
-            cells += _measured(row, first, scalars, results) if row.trainings else [''] * (len(scalars) + 2)
+            cells += _measured(row, first, scalars, results) if first and row.trainings else [''] * (len(scalars) + 2)
         lines.append('| ' + ' | '.join(cells) + ' |')
     lines += [''] * bool(notes) + [f'({number}) {FOOTNOTES[key]}  ' for number, key in enumerate(notes, 1)]
     return '\n'.join(lines)
@@ -151,7 +145,7 @@ def _properties(found: Sequence[Row]) -> str:
         gamma, clip = settings[row.label]
         properties = analyse(Setting(gamma_neg=gamma, clip=clip))
         pairs = ((entry.value, getattr(properties, name)) for entry, name in zip(row.entries, names, strict=True))
-        lines.append(f'| {row.label} | ' + ' | '.join(f'{"-+"[a]} | {"-+"[b]}' for a, b in pairs) + ' |')
+        lines.append(f'| {row.label} | ' + ' | '.join(f'{"-+"[bool(a)]} | {"-+"[bool(b)]}' for a, b in pairs) + ' |')
     return '\n'.join(lines)
 
 
@@ -165,10 +159,12 @@ def draw(item: str, results: Results, paths: Sequence[Path]) -> bool:
         return False
     plt.rcParams['svg.hashsalt'] = 'mmasl'
     panels = CURVES.get(item, (shown(item, results.data, found)[0], ))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels) + 1.5, 4), layout='constrained', squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels) + 1.5, 4), layout='constrained',
+                                squeeze=False)
     for axis, scalar in zip(axes[0], panels, strict=True):
         painter: Callable = _draw_curves if item in CURVES else _draw_lines if found[0].x is not None else _draw_dots
-        painter(axis, [row for row in found if item in CURVES or (row.x is None) == (found[0].x is None)], scalar, results)
+        painter(axis, [row for row in found if item in CURVES or (row.x is None) == (found[0].x is None)], scalar,
+                results)
         axis.grid(alpha=0.3)
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +178,7 @@ XLABELS = {'Fig. 5': r'focal loss $\gamma$', 'Fig. 6': r'$\gamma_+$', 'Fig. 7': 
 YLABELS = {'p_t_pos': r'$p_t^+$', 'p_t_neg': r'$p_t^-$', 'gap': r'$\Delta p$', 'gamma_neg': r'$\gamma_-$'}
 
 
-def _draw_lines(axis, found: Sequence[Row], scalar: str, results: Results) -> None:
+def _draw_lines(axis: Any, found: Sequence[Row], scalar: str, results: Results) -> None:
     for name, group in groupby(found, key=lambda row: row.series):
         points = [(row.x, *interval([*results.scores(best(row, results), scalar).values()])) for row in group]
         x, mean, half = np.array(points).T
@@ -191,7 +187,7 @@ def _draw_lines(axis, found: Sequence[Row], scalar: str, results: Results) -> No
     axis.legend()
 
 
-def _draw_dots(axis, found: Sequence[Row], scalar: str, results: Results) -> None:
+def _draw_dots(axis: Any, found: Sequence[Row], scalar: str, results: Results) -> None:
     for place, row in enumerate(found):
         values = [*results.scores(best(row, results), scalar).values()]
         mean, half = interval(values)
@@ -202,7 +198,7 @@ def _draw_dots(axis, found: Sequence[Row], scalar: str, results: Results) -> Non
     axis.invert_yaxis()
 
 
-def _draw_curves(axis, found: Sequence[Row], scalar: str, results: Results) -> None:
+def _draw_curves(axis: Any, found: Sequence[Row], scalar: str, results: Results) -> None:
     for row in found:
         axis.plot(*results.curve(row.trainings[0], scalar), label=row.label)
     axis.set(xlabel='share of the training', ylabel=YLABELS[scalar], xlim=(0, 1))
