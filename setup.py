@@ -5,6 +5,8 @@ from setuptools import find_packages, setup
 DETECTION = ['onedl-mmcv>=2.3.6', 'onedl-mmdetection>=3.5.1']
 CLASSIFICATION = ['onedl-mmcv>=2.3.6', 'onedl-mmpretrain>=1.3.6', 'timm>=1.0', 'tqdm']
 EXPORT = ['onnx>=1.18', 'onnxruntime>=1.20', 'onnxscript>=0.5']
+LINT = ['ruff>=0.17', 'mypy>=2.4']
+DOCS = ['sphinx>=8.1', 'myst-parser>=4', 'furo>=2024.8.6']
 DEMO = ['scikit-learn>=1.3', 'scipy', 'matplotlib>=3.7']
 
 about = {}
@@ -22,13 +24,16 @@ setup(
     packages=find_packages(include=['mmasl', 'mmasl.*']),
     package_data={'mmasl.paper': ['tables.json']},
     python_requires='>=3.10',
-    # mmengine itself is not named: upstream's and the fork's distributions have different names and the same import name.
+    # mmengine itself is not named: upstream's and the fork's distributions differ in name, and not in the import's.
     install_requires=['torch>=2.4', 'numpy'],
     extras_require={
         'det': ['onedl-mmengine>=0.10.12', *DETECTION],
         'cls': ['onedl-mmengine>=0.10.12', *CLASSIFICATION],
         'demo': DEMO,
         'export': EXPORT,
-        'test': ['pytest>=8', 'pytest-xdist', 'torchmetrics>=1.4', 'torchvision', *DEMO, *EXPORT],
+        'docs': DOCS,
+        'lint': LINT,
+        'test': ['pytest>=8', 'pytest-xdist', 'hypothesis>=6', 'mpmath', 'torchmetrics>=1.4', 'torchvision',
+                 *DEMO, *DOCS, *EXPORT, *LINT],
     },
 )

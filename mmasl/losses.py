@@ -165,7 +165,10 @@ class AsymmetricLoss(nn.Module):
         track = self.track_probabilities and self.training and torch.is_grad_enabled()
         scale: Any = self.loss_weight
         if reduction == 'mean':
-            scale = scale / self._divisor(pred, target, avg_factor)
+            divisor = self._divisor(pred, target, avg_factor)
+            if isinstance(divisor, Tensor):  # of integers or of half precision, which would be scale's
+                divisor = divisor.to(torch.promote_types(pred.dtype, torch.float32))
+            scale = scale / divisor
         # What is marked as not annotated is computed by itself: a gradient of zeros more, but no weight of its own.
         parts = [(target, self.gamma_neg, self.ignore_index, 1.)]
         if self.weight_unannotated:

@@ -95,8 +95,9 @@ def negative_part(z: Tensor, gamma: float | Tensor, clip: float | Tensor, detach
             grad = torch.addcmul(p, q, log_term, value=through, out=out) if through else (
                 p.clone() if out is None else out.copy_(p))
         elif need_grad:
-            grad = torch.div(p_m if gamma else p >= clip, q + clip, out=out)
-            grad = (grad if detach_focusing else grad.add_(log_term, alpha=gamma)).mul_(q)
+            # 1 / (q + clip) may be infinite where clip is denormal and q is 0.
+            grad = torch.div(q, q + clip, out=out).mul_(p_m if gamma else p >= clip)
+            grad = grad if detach_focusing else grad.addcmul_(q, log_term, value=gamma)
         if grad is not None and (gamma or clip):
             grad = grad.mul_(p) if power is None else grad.mul_(p).mul_(power)
         loss = log_term.mul_(p_m) if gamma else log_term
