@@ -8,13 +8,18 @@ import os
 import os.path as osp
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
-from mmengine.optim import OneCycleParamScheduler
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+
+from mmasl.checkpoints import FitCheck, load_only_data
+from mmasl.checks import add_checks, plain_errors
+from mmasl.resume import DiskFull, is_full
 
 SOURCES = {  # pattern in the path of a missing file: where to get it
     '(train|val)2017': 'COCO 2017: unpack train2017.zip, val2017.zip (http://images.cocodataset.org/zips/) and\n'
@@ -60,7 +65,11 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The config of the shared flags; ``--amp`` is only checked, since training and testing switch it differently."""
+    """The config of the shared flags; ``--amp`` is only checked, since training and testing switch it differently.
+
+    From here on nothing in a checkpoint is executed.
+    """
+    load_only_data()
     require_file(args.config, 'config')
     if args.amp:
         require_gpu('--amp')
@@ -100,13 +109,14 @@ def require_file(path: str, what: str, cure: str = '') -> None:
 
 
 def require_gpu(what: str) -> None:
+    """Exit if there is no GPU, which something needs."""
     if get_device() in ('cpu', 'mps'):
         raise SystemExit(f'{what} needs a GPU, and PyTorch finds none on this machine: run without it')
 
 
 def check_data(cfg: Config, *splits: str) -> None:
     """Exit if data that a run needs is missing, with all missing paths and where to get them."""
-    missing = {}
+    missing: dict[str, str] = {}
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
         paths = dict(_dataset_paths(loader.dataset, f'{split}_dataloader.dataset')) if loader else {}
@@ -130,8 +140,8 @@ def _dataset_paths(dataset: dict, key: str) -> Iterator[tuple[str, str]]:
     elif isinstance(dataset.get('dataset'), dict):
         yield from _dataset_paths(dataset['dataset'], f'{key}.dataset')
     elif not dataset.get('backend_args'):
-        root, prefix, kind = dataset.get('data_root') or '', dataset.get('data_prefix'), str(dataset.get('type'))
-        parts = {'ann_file': dataset.get('ann_file')}
+        root, prefix, kind = str(dataset.get('data_root') or ''), dataset.get('data_prefix'), str(dataset.get('type'))
+        parts: dict[str, Any] = {'ann_file': dataset.get('ann_file')}
         if kind.endswith(('VOC', 'VOCMultiLabel')) and dataset.get('split') and not dataset.get('image_set_path'):
             parts['data_root'] = osp.join('ImageSets', 'Main', f"{dataset['split']}.txt")
         parts |= {f'data_prefix.{k}': v for k, v in prefix.items()} if isinstance(prefix, dict) else {
@@ -164,6 +174,26 @@ def build_runner(cfg: Config) -> Runner:
         cfg.setdefault('model_wrapper_cfg', dict(
             type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
             find_unused_parameters=cfg.get('find_unused_parameters', False)))
-    # Checkpoints of mmengine's one-cycle schedule hold a method of it, which torch.load takes only from known classes.
-    torch.serialization.add_safe_globals([OneCycleParamScheduler])
+    add_checks(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+@contextmanager
+def faults(work_dir: str) -> Iterator[None]:
+    """End in a message alone where mmasl refuses something, such as a checkpoint or an image, or the disk is full."""
+    try:
+        with plain_errors():
+            yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise SystemExit(str(error if isinstance(error, DiskFull) else DiskFull(
+            error, error.filename or 'A file of the run', work_dir))) from None
+
+
+def load_weights(runner: Runner) -> None:
+    """Load the checkpoint of a test, all of which must fit, as ``runner.test()`` would."""
+    runner.register_hook(FitCheck())
+    with faults(runner.work_dir):
+        runner.call_hook('before_run')  # EMAHook copies the model here
+        runner.load_or_resume()

@@ -1,14 +1,12 @@
 """Labels, files and pictures from a multi-label classifier of MMPretrain, on MMEngine's inferencer interface."""
 import copy
 import os.path as osp
-import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from os import PathLike
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import cv2
@@ -22,16 +20,13 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, default_collate
 from mmengine.fileio import get_file_backend, join_path
 from mmengine.infer import BaseInferencer
-from mmengine.optim import OneCycleParamScheduler
 from mmengine.registry import DATASETS, MODELS, TRANSFORMS, DefaultScope
-from mmengine.runner.checkpoint import get_torch_safe_globals
 from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
 from torch import Tensor, nn
-from torch.hub import load_state_dict_from_url
 from torch.utils.data import DataLoader
 
-from mmasl.checkpoints import convert_official, is_official
+from mmasl.checkpoints import convert_official, is_official, read_checkpoint
 from mmasl.hooks import restore_asymmetry
 from mmasl.losses import AsymmetricLoss
 from mmasl.ops import posterior_cap
@@ -52,7 +47,7 @@ class UnreadableImages(RuntimeError):
         results: What the call would have returned for the others.
     """
 
-    def __init__(self, reasons: dict[str, str], results: dict | None = None) -> None:
+    def __init__(self, reasons: dict[str, str], results: Any = None) -> None:
         lines = [f'  {image}: {reason}' for image, reason in reasons.items()]
         done = ' (the others are done: see the results attribute of this error)' if results is not None else ''
         super().__init__('\n'.join([f'{len(reasons)} images cannot be read{done}:', *lines]))
@@ -114,6 +109,7 @@ class MultiLabelInferencer(BaseInferencer):
         >>> inferencer('image.jpg', thr=0.7)['predictions'][0]['pred_class']  # doctest: +SKIP
         ['person', 'dog']
     """
+    visualizer: Any
     visualize_kwargs = {'show', 'wait_time', 'out_dir', 'return_vis'}
     postprocess_kwargs = {'out_file'}
 
@@ -220,8 +216,8 @@ class MultiLabelInferencer(BaseInferencer):
                 raise ValueError('neither the checkpoint nor the config names the classes, and the head does not tell '
                                  'their number: set test_dataloader.dataset.metainfo=dict(classes=[...])')
             warnings.warn('neither the checkpoint nor the config names the classes: they are numbers. Set '
-                          'test_dataloader.dataset.metainfo=dict(classes=[...])')
-            names = range(number)
+                          'test_dataloader.dataset.metainfo=dict(classes=[...])', stacklevel=2)
+            names = [str(place) for place in range(number)]
         if number is not None and len(names) != number:
             raise ValueError(f'{source} names {len(names)} classes and model.head.num_classes is {number}: they must '
                              'be those of one training')
@@ -234,7 +230,7 @@ class MultiLabelInferencer(BaseInferencer):
         self._loader = TRANSFORMS.build(load)
         return Compose(rest)
 
-    def _init_collate(self, cfg: Config):
+    def _init_collate(self, cfg: Config) -> Callable:
         return default_collate
 
     def _init_visualizer(self, cfg: Config) -> None:
@@ -275,7 +271,8 @@ class MultiLabelInferencer(BaseInferencer):
 
     def preprocess(self, inputs: list[str | np.ndarray], batch_size: int = 1) -> DataLoader:
         """Batches of images, each a list of one batch for each size that they have."""
-        return DataLoader(list(enumerate(inputs)), batch_size, collate_fn=self._collate)
+        images: Any = list(enumerate(inputs))  # which is all that a data set has to be
+        return DataLoader(images, batch_size, collate_fn=self._collate)
 
     def _collate(self, items: list[tuple[int, str | np.ndarray]]) -> list[dict]:
         batches: dict[torch.Size, list[dict]] = {}
@@ -417,7 +414,7 @@ def thresholds(thr: float | Sequence[float] | Mapping[str, float], classes: Sequ
                              f'{_shorten(classes)}')
         thr = [thr.get(name, default) for name in classes]
     values = torch.as_tensor(thr, dtype=torch.float32)
-    if values.dim() > 1 or values.dim() == 1 and len(values) != len(classes):
+    if values.dim() > 1 or (values.dim() == 1 and len(values) != len(classes)):
         raise ValueError(f'thr has {values.numel()} values for {len(classes)} classes: give a number, one per class, '
                          'or a dict by name')
     values = values.expand(len(classes))
@@ -440,7 +437,7 @@ def parse_thr(values: Sequence[str]) -> float | dict[str, float] | None:
         numbers = [float(number) for _, equals, number in parts if not equals]
     except ValueError:
         raise ValueError(f'--thr {values}: give NUMBER or CLASS=NUMBER') from None
-    if len(numbers) > 1 or numbers and named:
+    if len(numbers) > 1 or (numbers and named):
         raise ValueError(f'--thr {values}: give one NUMBER, or CLASS=NUMBER for each class')
     return numbers[0] if numbers else named or None
 
@@ -473,24 +470,9 @@ def load_checkpoint(path: str | PathLike) -> dict:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no checkpoint, or holds other objects than MMEngine's checkpoints do.
+        CheckpointError: The file is no checkpoint, or holds other objects than MMEngine's checkpoints do.
     """
-    path = str(path)
-    try:
-        # MMEngine's one-cycle schedule stores a method of it.
-        with torch.serialization.safe_globals([*get_torch_safe_globals(), OneCycleParamScheduler]):
-            if path.startswith(('http://', 'https://')):
-                checkpoint = load_state_dict_from_url(path, map_location='cpu', weights_only=True)
-            else:
-                _require_file(path, 'checkpoint')
-                checkpoint = torch.load(osp.expanduser(path), map_location='cpu', weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        if unsafe := re.search(r'Unsupported \w+: .*', str(error)):  # without PyTorch's advice to execute it
-            raise ValueError(f'{path} is refused: loading it could execute what is in it, more than weights and plain '
-                             f'data ({unsafe.group()[:200]})') from None
-        raise ValueError(f'{path} is no checkpoint, or is damaged ({type(error).__name__})') from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f'{path} is no checkpoint: it holds a {type(checkpoint).__name__}, not a dict of weights')
+    checkpoint = read_checkpoint(path)
     return convert_official(checkpoint) if is_official(checkpoint) else checkpoint
 
 
@@ -510,7 +492,7 @@ def load_weights(model: nn.Module, checkpoint: dict, name: str) -> None:
                          f'{len(missing)} weights: {_shorten(missing)}')
     if unexpected:
         warnings.warn(f'{name} has {len(unexpected)} weights that the model of the config does not: '
-                      f'{_shorten(unexpected)}')
+                      f'{_shorten(unexpected)}', stacklevel=2)
 
 
 def class_names(checkpoint: dict) -> Sequence[str] | None:

@@ -25,7 +25,7 @@ DATASETS = Registry(
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='mmasl', locations=['mmasl.metrics'])
 HOOKS = Registry(
     'hook', parent=MMENGINE_HOOKS, scope='mmasl',
-    locations=['mmasl.hooks', 'mmasl.schedules', 'mmasl.checkpoints'])
+    locations=['mmasl.hooks', 'mmasl.schedules', 'mmasl.checkpoints', 'mmasl.checks', 'mmasl.resume'])
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmasl', locations=['mmasl.transforms'])
 PARAM_SCHEDULERS = Registry(
     'parameter scheduler', parent=MMENGINE_PARAM_SCHEDULERS, scope='mmasl', locations=['mmasl.schedules'])

@@ -1,16 +1,28 @@
 """Official names and shapes are written out here from the published architecture, not taken from timm."""
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZipFile
 
+import numpy as np
 import pytest
 import timm
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import HistoryBuffer
+from mmengine.optim import OneCycleLR
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
-from mmasl.checkpoints import AdaptCheckpointHook, convert_official, is_official, match_rows
+from mmasl.checkpoints import (
+    AdaptCheckpointHook,
+    CheckpointError,
+    check_fit,
+    convert_official,
+    is_official,
+    match_rows,
+    read_checkpoint,
+)
 from mmasl.schedules import EMAHook
 
 ROOT = Path(__file__).parents[1]
@@ -273,3 +285,106 @@ def test_runner_loads_an_official_file_by_class_names(tmp_path):
     for loaded in (model, ema.ema_model.module):
         torch.testing.assert_close(loaded.head.fc.weight, official['head.fc.weight'][[2, 0]])
         torch.testing.assert_close(loaded.backbone.timm_model.body.conv1.conv.weight, official['body.conv1.0.weight'])
+
+
+# --- reading
+
+
+def test_genuine_checkpoints_are_read(tmp_path):
+    """What MMEngine's own hold beside tensors, also as NumPy 1 wrote it."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    schedule = OneCycleLR(optimizer, eta_max=0.1, total_steps=10)
+    numbers = [np.float32(1), np.float64(2), np.int64(3), np.bool_(True), np.uint8(4), np.arange(3),
+               np.ones((2, 2), 'f2')]
+    content = dict(
+        meta=dict(dataset_meta=ConfigDict(classes=('a', 'b'), palette=[(1, 2, 3)])), numbers=numbers,
+        message_hub=dict(log_scalars=dict(loss=HistoryBuffer([1., 3.], [1, 1])),
+                         runtime_info=dict(best=np.float32(0.5))),
+        optimizer=optimizer.state_dict(), param_schedulers=[schedule.state_dict()], state_dict=Linear(2).state_dict())
+    path = tmp_path / 'a.pth'
+    torch.save(content, path)
+    with ZipFile(path) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    old = tmp_path / 'numpy1.pth'
+    with ZipFile(old, 'w') as file:
+        for name, part in parts.items():
+            file.writestr(name, part.replace(b'numpy._core.', b'numpy.core.'))
+    assert b'numpy.core.multiarray' in old.read_bytes() and b'numpy._core' not in old.read_bytes()
+    for each in (path, old):
+        read = read_checkpoint(each, whole=True)
+        assert read['message_hub']['log_scalars']['loss'].statistics('mean') == 2
+        assert read['param_schedulers'][0]['anneal_func'] == schedule.anneal_func
+        assert read['meta'] == content['meta'] and read['message_hub']['runtime_info'] == dict(best=0.5)
+        for one, two in zip(read['numbers'], numbers, strict=True):
+            assert type(one) is type(two)
+            np.testing.assert_array_equal(one, two)
+
+
+def test_a_checksum_is_compared_where_asked(tmp_path):
+    path = tmp_path / 'a.pth'
+    torch.save(dict(state_dict=dict(w=torch.full((100, ), 1.))), path)
+    content = path.read_bytes()
+    weights = torch.full((100, ), 1.).numpy().tobytes()
+    path.write_bytes(content.replace(weights, weights[:200] + b'\1' + weights[201:]))
+    read_checkpoint(path)  # PyTorch compares none
+    with pytest.raises(CheckpointError, match='a.pth is no checkpoint, or is damaged .*another checksum'):
+        read_checkpoint(path, whole=True)
+
+
+@pytest.mark.parametrize('content, message', [(dict(meta=1), None), ([1], 'holds a list, not a dict'),
+                                              (torch.zeros(1), 'holds a Tensor, not a dict')])
+def test_what_is_read_is_a_dict(tmp_path, content, message):
+    torch.save(content, tmp_path / 'a.pth')
+    if message is None:
+        assert read_checkpoint(tmp_path / 'a.pth') == content
+    else:
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(tmp_path / 'a.pth')
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'no such checkpoint: \S*none.pth'):
+        read_checkpoint(tmp_path / 'none.pth')
+
+
+# --- fit
+
+
+class Head(Linear):
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(rows)
+        self.head.num_classes = rows
+
+
+def test_a_checkpoint_that_fits():
+    state = Head(3).state_dict()
+    wrapped = nn.Module()
+    wrapped.module = Head(3)
+    for model in (Head(3), wrapped):
+        for content in (state, dict(state_dict=state), {f'module.{key}': value for key, value in state.items()}):
+            check_fit(model, content, 'a.pth')
+
+
+@pytest.mark.parametrize('content, message', [
+    (mmengine_file(('a', 'b')),
+     (r'a.pth does not fit the model of the config: head.fc.weight is \(2, 2\) in the checkpoint and \(3, 2\) in the '
+      r'model; head.fc.bias is .* The checkpoint is of 2 classes, and num_classes of the head is 3')),
+    (dict(state_dict={'head.fc.weight': torch.zeros(3, 2)}), 'head.fc.bias is missing'),
+    ({'stem': torch.zeros(1)}, 'head.fc.weight is missing; head.fc.bias is missing')], ids=['classes', 'part', 'other'])
+def test_a_checkpoint_that_does_not_fit(content, message):
+    with pytest.raises(CheckpointError, match=message):
+        check_fit(Head(3), content, 'a.pth')
+
+
+def test_training_starts_from_what_fits_in_part():
+    part = dict(state_dict={'head.fc.weight': torch.zeros(3, 2), 'head.fc.bias': torch.zeros(5)})
+    check_fit(Head(3), part, 'a.pth', whole=False)
+    with pytest.raises(CheckpointError, match=r'none of its weights does.*it has stem; the model has head.fc.weight'):
+        check_fit(Head(3), {'stem': torch.zeros(1)}, 'a.pth', whole=False)
+
+
+def test_older_batch_norms_count_no_batches():
+    state = nn.BatchNorm1d(2).state_dict()
+    del state['num_batches_tracked']
+    check_fit(nn.BatchNorm1d(2), state, 'a.pth')

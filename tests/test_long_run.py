@@ -86,11 +86,11 @@ def test_finds_a_process_that_is_left():
 
 
 def test_ends_the_training_in_time(monkeypatch):
-    now = 0.
-    monkeypatch.setattr(long_run.time, 'monotonic', lambda: now)
+    clock = SimpleNamespace(now=0.)
+    monkeypatch.setattr(long_run.time, 'monotonic', lambda: clock.now)
     runner, hook = SimpleNamespace(train_loop=SimpleNamespace(stop_training=False)), long_run.StopAfter(2)
     hook.before_train(runner)
-    for now, stopped in ((60., False), (121., True)):
+    for clock.now, stopped in ((60., False), (121., True)):
         hook.after_train_epoch(runner)
         assert runner.train_loop.stop_training is stopped
 

@@ -6,7 +6,7 @@ NAMES = {
     MODELS: ['AsymmetricLoss', 'AsymmetricSoftmaxLoss', 'MultiLabelClsHead', 'MultiLabelLinearClsHead', 'CSRAClsHead'],
     DATASETS: ['CocoMultiLabel', 'VOCMultiLabel', 'NUSWide', 'OpenImages', 'Herbarium2020'],
     METRICS: ['MultiLabelReport'],
-    HOOKS: ['ProbabilityGapHook', 'AdaptiveAsymmetryHook']}
+    HOOKS: ['ProbabilityGapHook', 'AdaptiveAsymmetryHook', 'ResumeHook', 'CheckDataHook', 'CheckFiniteHook']}
 
 
 @pytest.mark.parametrize('scope', ['mmengine', 'mmdet', 'mmpretrain', 'mmasl'])

@@ -168,8 +168,8 @@ def test_bad_flags(flags, message, capsys):
 
 
 def test_missing_data(tmp_path):
-    with pytest.raises(SystemExit, match='configs/tresnet-l_paper_bce_voc.py needs data/VOCdevkit.*, which is missing'):
-        reproduce.main(['--table', '9', '--data', 'real', '--out', str(tmp_path), '--work-dir', str(tmp_path)])
+    with pytest.raises(SystemExit, match='(?s)data/nus_wide.*NUS-WIDE: images and the list'):
+        reproduce.main(['--table', '11', '--data', 'real', '--out', str(tmp_path), '--work-dir', str(tmp_path)])
 
 
 def test_a_command(tmp_path):

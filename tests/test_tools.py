@@ -1,4 +1,5 @@
 """tools/train.py and tools/test.py: flags, refusals before anything is built, and small runs of both families."""
+import errno
 import json
 import os
 import pickle
@@ -7,14 +8,13 @@ import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import ConfigDict
-from mmengine.optim import OneCycleLR
 
 from mmasl import cli
+from mmasl.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -230,40 +230,42 @@ def test_resume_without_checkpoint_starts_anew_and_says_so(capsys):
     assert 'w holds no checkpoint' in capsys.readouterr().err
 
 
+def save(name: str) -> str:
+    Path('w').mkdir(exist_ok=True)
+    torch.save(dict(meta={}, message_hub={}, optimizer={}, state_dict={}), f'w/{name}')
+    return f'w/{name}'
+
+
 @pytest.mark.parametrize('named', ('w/epoch_3.pth', '/elsewhere/epoch_3.pth'), ids=('in place', 'moved'))
 @pytest.mark.parametrize('argv', (['--resume'], ['--cfg-options', 'resume=True']), ids=('flag', 'config'))
-def test_resume_from_the_last_checkpoint(named, argv):
-    Path('w').mkdir()
+def test_resume_from_the_last_checkpoint(named, argv, capsys):
+    save('epoch_3.pth')
     Path('w/last_checkpoint').write_text(named + '\n')
-    Path('w/epoch_3.pth').touch()
     cfg = configure('train', *argv, '--work-dir', 'w')
     assert cfg.resume is True and cfg.load_from == os.path.join('w', 'epoch_3.pth')
+    assert capsys.readouterr().err == ''
 
 
-def test_resume_from_a_deleted_checkpoint():
+def test_resume_from_the_newest_that_can_be_read(capsys):
+    path = save('epoch_2.pth')
+    Path('w/last_checkpoint').write_text('w/epoch_3.pth')
+    Path('w/epoch_3.pth').write_bytes(Path(path).read_bytes()[:500])
+    assert configure('train', '--resume', '--work-dir', 'w').load_from == path
+    said = capsys.readouterr().err
+    assert 'Resuming from w/epoch_2.pth, the newest' in said and 'epoch_3.pth is no checkpoint, or is damaged' in said
+
+
+def test_resume_never_starts_anew_beside_checkpoints():
     Path('w').mkdir()
     Path('w/last_checkpoint').write_text('w/epoch_3.pth')
-    assert 'No such checkpoint: w/epoch_3.pth' in refusal('train', '--resume', '--work-dir', 'w')
+    message = refusal('train', '--resume', '--work-dir', 'w')
+    assert 'w holds no checkpoint to resume from' in message and 'no such checkpoint: w/epoch_3.pth' in message
+    assert '--resume CHECKPOINT' in message
 
 
 def test_testing_never_resumes():
     cfg = configure('test', '--cfg-options', 'resume=True')
     assert cfg.resume is False and cfg.load_from == 'weights.pth'
-
-
-@pytest.mark.parametrize('steps, refused', ((20, False), (30, True), (10, True)))
-def test_resume_refuses_another_schedule_length(steps, refused):
-    def schedule(total: int) -> OneCycleLR:
-        return OneCycleLR(torch.optim.SGD([torch.zeros(1)], lr=0.1), eta_max=0.1, begin=0, end=total, by_epoch=False)
-
-    runner = SimpleNamespace(param_schedulers=[schedule(steps)])
-    check = TRAIN.ScheduleCheck().after_load_checkpoint
-    checkpoint = dict(param_schedulers=[schedule(20).state_dict()])
-    if refused:
-        with pytest.raises(SystemExit, match=f'end={steps} by the config but end=20 in the checkpoint'):
-            check(runner, checkpoint)
-    else:
-        check(runner, checkpoint)
 
 
 # --- what depends on the family
@@ -316,6 +318,28 @@ def test_tta_wraps_model_and_pipeline():
     (['--out', 'o.json'], 'pred are written to .pkl'), (['--out', 'o.txt', '--out-item', 'metrics'], 'metrics are')))
 def test_out_needs_a_known_suffix(argv, message):
     assert message in refusal('test', *argv)
+
+
+# --- faults
+
+@pytest.mark.parametrize('error, message', (
+    (OSError(errno.ENOSPC, 'x'), r'A file of the run could not be written \(No space left on device\): \. has \S+ MB'),
+    (OSError(errno.EDQUOT, 'x', 'a.log'), r'a.log could not be written \(Disk quota exceeded\)')),
+    ids=('disk', 'quota'))
+def test_a_fault_ends_in_a_message(error, message):
+    with pytest.raises(SystemExit, match=message), cli.faults('.'):
+        raise error
+
+
+def test_a_refused_checkpoint_ends_in_a_message():
+    with pytest.raises(SystemExit, match='^weights.pth is no checkpoint, or is damaged'), cli.faults('.'):
+        read_checkpoint('weights.pth')
+
+
+def test_other_errors_pass():
+    for error in (FileNotFoundError('a'), ValueError('b')):
+        with pytest.raises(type(error)), cli.faults('.'):
+            raise error
 
 
 # --- launchers

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import init_default_scope
+from mmengine.config import Config
+from mmengine.registry import DefaultScope, init_default_scope
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
@@ -103,12 +104,16 @@ def test_tool(tmp_path, monkeypatch):
     Path('tiny.py').write_text(f"""
 _base_ = {str(ROOT / 'configs/resnet_asl_digits.py')!r}
 model = dict(backbone=dict(init_cfg=None), head=dict(type='mmasl.MultiLabelLinearClsHead', num_classes=10))
+data_preprocessor = dict(num_classes=10)
 test_dataloader = dict(batch_size=4, dataset=dict(data_root='digits'))
 test_evaluator = dict(type='mmasl.MultiLabelReport', calibrated=True)
 tta_model = dict(type='mmasl.MultiLabelTTAModel')
 """)
     rng = torch.Generator().manual_seed(0)
-    torch.save(dict(state_dict={'head.fc.weight': 5 * torch.randn(10, 128, generator=rng)}), 'w.pth')
+    cfg = Config.fromfile('tiny.py')
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        state = MODELS.build(cfg.model).state_dict()
+    torch.save(dict(state_dict={**state, 'head.fc.weight': 5 * torch.randn(10, 128, generator=rng)}), 'w.pth')
     spec = spec_from_file_location('tools_test', ROOT / 'tools' / 'test.py')
     tool = module_from_spec(spec)
     spec.loader.exec_module(tool)

@@ -8,7 +8,7 @@ the loss of --cfg-options, as in gamma_neg=2.
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -24,10 +24,19 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from mmasl import AsymmetricLoss, MultiLabelReport
-from mmasl.cli import (build_runner, check_data, is_classification, load_config, make_parser, parse_args, require_file,
-                       set_dataloader_defaults)
+from mmasl.cli import (
+    build_runner,
+    check_data,
+    is_classification,
+    load_config,
+    load_weights,
+    make_parser,
+    parse_args,
+    require_file,
+    set_dataloader_defaults,
+)
 from mmasl.heads.multi_label import calibration_settings
-from mmasl.metrics import Conventions, expected_calibration_error, multilabel_report, reliability, unpack
+from mmasl.metrics import Conventions, expected_calibration_error, multilabel_report, reliability
 from mmasl.ops import inverse_posterior, posterior, posterior_cap
 from mmasl.runs import write_rows
 
@@ -78,12 +87,12 @@ def configure(args: argparse.Namespace) -> Config:
 def predict(cfg: Config, amp: bool = False) -> Predictions:
     """Logits and labels of the validation set; hooks see the checkpoint, and may restore parameters of the loss."""
     runner = build_runner(cfg)
-    loss = getattr(getattr(runner.model, 'head', None), 'loss_module', None)
+    loss: Any = getattr(getattr(runner.model, 'head', None), 'loss_module', None)
     try:
         calibration_settings(loss)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise SystemExit(f'{cfg.filename}: {error}') from None
-    runner.load_or_resume()
+    load_weights(runner)
     model, loader = runner.model.eval(), runner.val_dataloader
     labels = MultiLabelReport()  # reads the labels of samples
     labels.dataset_meta = loader.dataset.metainfo
@@ -94,13 +103,13 @@ def predict(cfg: Config, amp: bool = False) -> Predictions:
             logits.append(model(data['inputs'], mode='tensor').float().cpu())
         labels.process(None, [dict(sample.to_dict(), pred_score=z.sigmoid())
                               for sample, z in zip(data['data_samples'], logits[-1])])
-    return Predictions(torch.cat(logits), torch.from_numpy(unpack(np.concatenate(labels.results))[1]), loss.cpu())
+    return Predictions(torch.cat(logits), torch.from_numpy(labels.labels()), loss.cpu())
 
 
-def synthesize(seed: int, images: int = 20000, classes: int = 10, steps: int = 2000, **loss) -> Predictions:
+def synthesize(seed: int, images: int = 20000, classes: int = 10, steps: int = 2000, **settings: Any) -> Predictions:
     """Train on x ~ N(0, 1)^8 with positives of probability sigmoid(3 u.x + (v.x)^2 - 7), u and v unit vectors."""
     try:
-        loss = AsymmetricLoss(**loss)
+        loss = AsymmetricLoss(**settings)
     except (TypeError, ValueError) as error:
         raise SystemExit(f'--cfg-options does not fit AsymmetricLoss: {error}') from None
     rng = torch.Generator().manual_seed(seed)
@@ -131,19 +140,19 @@ def progress(items: Iterable, what: str) -> Iterable:
 
 
 def compare(predictions: Predictions,
-            seed: int = 0) -> tuple[list[dict[str, object]], dict[str, np.ndarray], np.ndarray]:
+            seed: int = 0) -> tuple[list[dict[str, Any]], dict[str, np.ndarray], np.ndarray]:
     """Rows of figures, the probabilities (N/2, C) by method, and their labels; all of the half that fitted nothing."""
     order = torch.randperm(len(predictions.logits), generator=torch.Generator().manual_seed(seed))
     fitted, held_out = order.chunk(2)
     logits, labels = predictions.logits[held_out], predictions.labels[held_out].numpy()
-    scores = {'p': logits.sigmoid(), 'posterior': posterior(logits, **calibration_settings(predictions.loss))}
+    found = {'p': logits.sigmoid(), 'posterior': posterior(logits, **calibration_settings(predictions.loss))}
     fits = {}
     for name, with_bias in (('temperature scaling', False), ('Platt scaling', True)):
         scale, bias = fit_scaling(predictions.logits[fitted], predictions.labels[fitted], with_bias)
-        scores[name] = (scale * logits + bias).sigmoid()
+        found[name] = (scale * logits + bias).sigmoid()
         fits[name] = f'sigmoid({scale:.3g} z {bias:+.3g})' if with_bias else f'sigmoid(z / {1 / scale:.3g})'
 
-    rows, scores = [], {name: values.numpy() for name, values in scores.items()}
+    rows, scores = [], {name: values.numpy() for name, values in found.items()}
     known = labels >= 0
     for name, values in scores.items():
         report, _ = multilabel_report(scores['p'], labels, Conventions(topk=None), calibrated=values)
@@ -173,7 +182,7 @@ def fit_scaling(logits: Tensor, labels: Tensor, with_bias: bool) -> tuple[float,
     return log_scale.exp().item(), bias.item()
 
 
-def render(rows: list[dict[str, object]]) -> str:
+def render(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     figures = [name for name in FIGURES if name in rows[0]]
     lines = ['| | ' + ' | '.join(name + FIGURES[name][1] for name in figures) + ' |', '|---' * (len(figures) + 1) + '|']
@@ -189,12 +198,12 @@ def span(values: Tensor) -> str:
     return low if low == high else f'{low} to {high}'
 
 
-def write(path: Path, rows: list[dict[str, object]], **common: object) -> None:
-    write_rows(path, [{key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()} | common
-                      for row in rows])
+def write(path: Path, rows: list[dict[str, Any]], **common: object) -> None:
+    rows = [{key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()} for row in rows]
+    write_rows(path, [row | common for row in rows])
 
 
-def plot(path: Path, scores: dict[str, np.ndarray], labels: np.ndarray, settings: dict[str, object],
+def plot(path: Path, scores: dict[str, np.ndarray], labels: np.ndarray, settings: dict[str, Any],
          title: str) -> None:
     """The reliability of each method, how many entries are behind it, and the posterior over p."""
     figure, (frequency, counts, curve) = plt.subplots(1, 3, figsize=(13, 4.3), layout='constrained')
@@ -213,10 +222,10 @@ def plot(path: Path, scores: dict[str, np.ndarray], labels: np.ndarray, settings
 
     p = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:-1, None]
     classes = max([value.numel() for value in settings.values() if isinstance(value, Tensor)])
-    values = posterior(p.logit().expand(-1, classes), **settings)
+    posteriors = posterior(p.logit().expand(-1, classes), **settings)
     threshold = inverse_posterior(0.5, **settings).sigmoid()
     curve.axline((0, 0), slope=1, color='grey', linewidth=1)
-    curve.plot(p, values.unique(dim=1), color='C1', linewidth=1)
+    curve.plot(p, posteriors.unique(dim=1), color='C1', linewidth=1)
     curve.axhline(0.5, color='grey', linewidth=1, linestyle=':')
     curve.set(xlabel='p', ylabel='posterior', title=f'posterior 1/2 at p = {span(threshold)}')
     for axis in (frequency, curve):

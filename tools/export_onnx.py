@@ -9,6 +9,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mmasl.cli import is_classification, load_config, parse_args, require_file
-from mmasl.inferencer import (MultiLabelInferencer, class_names, inference_data, load_checkpoint, load_weights,
-                              parse_thr)
+from mmasl.inferencer import MultiLabelInferencer, class_names, inference_data, load_checkpoint, load_weights, parse_thr
 from mmasl.ops import inverse_posterior, posterior
 
 # Of images in a check: other numbers than the graph was traced with.
@@ -74,7 +74,7 @@ def configure(args: argparse.Namespace) -> Config:
 class Classifier(nn.Module):
     """The scores of a batch of normalised images: p, and the calibrated score with the loss's ``settings``."""
 
-    def __init__(self, model: nn.Module, settings: dict[str, object] | None) -> None:
+    def __init__(self, model: nn.Module, settings: dict[str, Any] | None) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
@@ -96,7 +96,7 @@ class Maps(nn.Module):
         return tuple(tree_leaves(self.model(images, mode='tensor')))
 
 
-def prepare_classifier(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, object]]:
+def prepare_classifier(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, Any]]:
     """The module to export, the names of its outputs, and the metadata."""
     from mmasl.heads.multi_label import calibration_settings
 
@@ -138,7 +138,7 @@ def fixed_shape(inferencer: MultiLabelInferencer, asked: list[int] | None) -> li
     return asked
 
 
-def prepare_detector(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, object]]:
+def prepare_detector(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, Any]]:
     """As for a classifier. Outputs are named by their place in what the head returns: ``output_KIND_LEVEL``."""
     from mmdet.models import SingleStageDetector
 
@@ -167,7 +167,7 @@ def prepare_detector(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, 
     return Maps(model), names, metadata
 
 
-def describe(model: nn.Module, classes: Sequence[str] | None, shape: list[int], pipeline: list) -> dict[str, object]:
+def describe(model: Any, classes: Sequence[str] | None, shape: list[int], pipeline: list) -> dict[str, Any]:
     """What a reader needs to feed the model."""
     normaliser = model.data_preprocessor
     to_rgb = getattr(normaliser, 'to_rgb', False) or getattr(normaliser, '_channel_conversion', False)
@@ -182,15 +182,17 @@ def translations() -> dict:
 
     Those round to log(0) and 0 at confident logits, and the calibrated score would be NaN there.
     """
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
 
-    def number(value: float, like):
+    op: Any = opset18
+
+    def number(value: float, like: Any) -> Any:
         return op.CastLike(op.Constant(value_float=value), like)
 
-    def log_sigmoid(x):
+    def log_sigmoid(x: Any) -> Any:
         return op.Neg(op.Softplus(op.Neg(x)))
 
-    def expm1(x):
+    def expm1(x: Any) -> Any:
         half, size = op.Mul(x, number(0.5, x)), op.Abs(x)
         near = op.Mul(op.Mul(number(2., x), op.Sinh(half)), op.Exp(half))
         far = op.Sub(op.Exp(x), number(1., x))
@@ -200,11 +202,11 @@ def translations() -> dict:
     return {torch.ops.aten.log_sigmoid.default: log_sigmoid, torch.ops.aten.expm1.default: expm1}
 
 
-def export(module: nn.Module, outputs: list[str], metadata: dict[str, object]) -> bytes:
+def export(module: nn.Module, outputs: list[str], metadata: dict[str, Any]) -> bytes:
     """The ONNX file of a module of (N, 3, H, W) images; metadata is JSON."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of PyTorch's own code
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             module.eval(), (torch.zeros(2, 3, *metadata['input_size']), ), input_names=['input'], output_names=outputs,
             dynamic_shapes=({0: torch.export.Dim('batch')}, ), custom_translation_table=translations(), dynamo=True,
             verbose=False)
@@ -214,7 +216,7 @@ def export(module: nn.Module, outputs: list[str], metadata: dict[str, object]) -
 
 
 @torch.no_grad()
-def differences(file: bytes, module: nn.Module, metadata: dict[str, object]) -> dict[str, float]:
+def differences(file: bytes, module: nn.Module, metadata: dict[str, Any]) -> dict[str, float]:
     """Largest difference of each output between onnxruntime and PyTorch, on noise in batches of several sizes.
 
     For values beyond 1 it is relative to the largest of them.
@@ -228,8 +230,7 @@ def differences(file: bytes, module: nn.Module, metadata: dict[str, object]) -> 
     for size in BATCHES:
         images = (torch.randint(256, (size, 3, *metadata['input_size']), generator=rng) - mean) / std
         actual = session.run(None, {'input': images.numpy()})
-        for name, ours, theirs in zip(found, actual, module(images), strict=True):
-            theirs = theirs.numpy()
+        for name, ours, theirs in zip(found, actual, [output.numpy() for output in module(images)], strict=True):
             # NaN stays NaN, and fails every tolerance.
             found[name] = np.maximum(found[name], np.abs(ours - theirs).max() / max(1, np.abs(theirs).max()))
     return {name: float(value) for name, value in found.items()}

@@ -7,7 +7,6 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.runner.amp import autocast
@@ -16,11 +15,19 @@ from rich.console import Console
 from rich.progress import track
 
 from mmasl import MultiLabelReport
-from mmasl.cli import (build_runner, check_data, is_classification, load_config, make_parser, parse_args, require_file,
-                       set_dataloader_defaults)
+from mmasl.cli import (
+    build_runner,
+    check_data,
+    is_classification,
+    load_config,
+    load_weights,
+    make_parser,
+    parse_args,
+    require_file,
+    set_dataloader_defaults,
+)
 from mmasl.error_page import Results, analyse_errors, candidates, render
 from mmasl.heads.multi_label import calibration_settings
-from mmasl.metrics import unpack
 from mmasl.ops import posterior_cap
 
 
@@ -73,25 +80,25 @@ def predict(cfg: Config, amp: bool = False) -> tuple[Results, str]:
     head = getattr(runner.model, 'head', None)
     if not isinstance(head, MultiLabelClsHead):
         raise SystemExit(f'{cfg.filename}: {type(head).__name__} is no multi-label head as MultiLabelLinearClsHead is')
-    runner.load_or_resume()
+    load_weights(runner)
     model, loader = runner.model.eval(), runner.test_dataloader
     report = MultiLabelReport()  # reads and checks labels
     report.dataset_meta = loader.dataset.metainfo
-    logits, images = [], []
+    batches, images = [], []
     for batch in progress(loader, 'predicting'):
         data = model.data_preprocessor(batch, False)
         with autocast(enabled=amp):
-            logits.append(model(data['inputs'], mode='tensor').float().cpu())
+            batches.append(model(data['inputs'], mode='tensor').float().cpu())
         try:
             report.process(None, [dict(sample.to_dict(), pred_score=z.sigmoid())
-                                  for sample, z in zip(data['data_samples'], logits[-1])])
+                                  for sample, z in zip(data['data_samples'], batches[-1])])
         except ValueError as error:
             raise SystemExit(f'{cfg.filename}: {error}') from None
         images += [sample.get('img_path') or '' for sample in data['data_samples']]
-    if not logits:
+    if not batches:
         raise SystemExit(f'{cfg.filename}: test_dataloader gives no images')
-    logits = torch.cat(logits).numpy()
-    _, labels = unpack(np.stack([row[0] for row in report.results]))
+    logits = torch.cat(batches).numpy()
+    labels = report.labels()
     classes = loader.dataset.metainfo.get('classes') or map(str, range(logits.shape[1]))
     try:
         settings = calibration_settings(head.loss_module.cpu())

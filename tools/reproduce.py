@@ -16,6 +16,7 @@ import torch
 from mmengine.config import Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from mmasl.cli import check_data
 from mmasl.datasets.digits import DigitScenes
 from mmasl.paper.experiments import EXTRA, Row, Training, digits_of, items, rows
 from mmasl.paper.render import CURVES, Results, draw, render
@@ -141,18 +142,17 @@ def prepare(trainings: Sequence[Training], data: str) -> None:
     """Write the digits, refuse missing data, and train what others start from.
 
     Raises:
-        SystemExit: A data root is missing.
+        SystemExit: Data are missing.
     """
     first = {path: Training(osp.basename(osp.dirname(path))) for training in trainings
              for path in starting_points(config(training))}
     for training in [*first.values(), *trainings]:
-        for root in data_roots(config(training)):
+        cfg = config(training)
+        for root in data_roots(cfg):
             scenes: DigitScenes | None = digits_of(root)
             if scenes is not None:
                 scenes.write(root)
-            elif not osp.isdir(root):
-                raise SystemExit(f'{training.path} needs {root}, which is missing: its docstring and docs/recipes.md '
-                                 'say what belongs there, or change data_root with --cfg-options in tools/train.py')
+        check_data(cfg, 'train', 'val')
     runs = [Run(training.path, osp.dirname(path)) for path, training in first.items() if not osp.exists(path)]
     if runs:
         print('== what the others start from')
@@ -163,8 +163,9 @@ def collect(runs: dict[Training, Run], seed: int, curved: set[Training], results
     """Add finished runs to the rows, and curves to theirs."""
     new: list[dict[str, Any]] = [
         dict(config=one.config, options=one.overrides, seed=seed, **scalars(run)) for one, run in runs.items()]
-    curves: list[dict[str, Any]] = [dict(config=one.config, options=one.overrides, seed=seed, **point)
-              for one, run in runs.items() if one in curved for point in curve(run)]
+    curves: list[dict[str, Any]] = [
+        dict(config=one.config, options=one.overrides, seed=seed, **point)
+        for one, run in runs.items() if one in curved for point in curve(run)]
     for path, old, added in ((results.path, results.rows, new), (results.curves_path, results.curve_rows, curves)):
         keys = {(row['config'], row['options'], str(row['seed'])) for row in added}
         both = [row for row in old if (row['config'], row['options'], row['seed']) not in keys] + added

@@ -8,8 +8,19 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.registry import METRICS
 
-from mmasl.cli import (build_runner, check_data, is_classification, load_config, make_parser, parse_args, require_file,
-                       set_dataloader_defaults)
+from mmasl.checkpoints import FitCheck
+from mmasl.checks import check_coco_files
+from mmasl.cli import (
+    build_runner,
+    check_data,
+    faults,
+    is_classification,
+    load_config,
+    make_parser,
+    parse_args,
+    require_file,
+    set_dataloader_defaults,
+)
 
 SUFFIXES = dict(pred=('.pkl', '.pickle'), metrics=('.json', '.yml', '.yaml', '.pkl', '.pickle'))
 
@@ -91,14 +102,17 @@ def classification_tta(cfg: Config) -> dict:
     return dict(type='mmasl.MultiLabelTTAModel' if multi_label else 'AverageClsScoreTTA')
 
 
-def main() -> None:
-    args = parse_args(build_parser())
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(build_parser(), argv)
     cfg = configure(args)
     runner = build_runner(cfg)
+    runner.register_hook(FitCheck())
     if args.out and args.out_item == 'pred':
         dump = 'DumpResults' if is_classification(cfg) else 'mmdet.DumpDetResults'
         runner.test_evaluator.metrics.append(METRICS.build(dict(type=dump, out_file_path=args.out)))
-    metrics = runner.test()
+    with faults(cfg.work_dir):
+        check_coco_files(cfg, 'test')
+        metrics = runner.test()
     if args.out and args.out_item == 'metrics' and is_main_process():
         mmengine.dump(metrics, args.out)
 

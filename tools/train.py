@@ -1,16 +1,25 @@
 """Train a detector of MMDetection or a classifier of MMPretrain from its config."""
 import argparse
-import os.path as osp
 import sys
 from collections.abc import Iterator
 from urllib.error import URLError
 
-from mmengine.config import Config
-from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.config import Config, ConfigDict
 
-from mmasl.cli import (build_runner, check_data, load_config, make_parser, parse_args, require_file, require_gpu,
-                       set_dataloader_defaults)
+from mmasl.checkpoints import FitCheck
+from mmasl.checks import check_coco_files
+from mmasl.cli import (
+    build_runner,
+    check_data,
+    faults,
+    load_config,
+    make_parser,
+    parse_args,
+    require_file,
+    require_gpu,
+    set_dataloader_defaults,
+)
+from mmasl.resume import ResumeHook, find_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +54,7 @@ def configure(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def enable_amp(optim_wrapper: dict) -> None:
+def enable_amp(optim_wrapper: ConfigDict) -> None:
     if optim_wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise SystemExit(f"--amp replaces OptimWrapper, but optim_wrapper.type is '{optim_wrapper.type}'")
     optim_wrapper.type = 'AmpOptimWrapper'
@@ -68,26 +77,22 @@ def set_resume(cfg: Config, resume: str | None) -> None:
     """Name the checkpoint to resume from in ``cfg.load_from``; without one in the work dir, start anew and say so."""
     resume = resume or (cfg.get('resume') and (cfg.get('load_from') or 'auto'))
     if resume == 'auto':
-        resume = last_checkpoint(cfg.work_dir)
+        resume, reasons = find_checkpoint(cfg.work_dir)
+        passed = '\n'.join(f'  {path}: {reason}' for path, reason in reasons.items())
+        if resume is None and reasons:
+            raise SystemExit(f'{cfg.work_dir} holds no checkpoint to resume from:\n{passed}\nName another with '
+                             '--resume CHECKPOINT, or start anew without --resume, best in another --work-dir.')
         if resume is None:
             print(f'Nothing to resume: {cfg.work_dir} holds no checkpoint. Training starts anew.', file=sys.stderr)
+        elif reasons:
+            print(f'Resuming from {resume}, the newest checkpoint that can be read. Passed over:\n{passed}',
+                  file=sys.stderr)
     cfg.resume = bool(resume)
     if resume:
         cfg.load_from = resume
 
 
-def last_checkpoint(work_dir: str) -> str | None:
-    """The checkpoint that ``work_dir/last_checkpoint`` names, looked for in the folder first, which may have moved."""
-    record = osp.join(work_dir, 'last_checkpoint')
-    if not osp.isfile(record):
-        return None
-    with open(record) as file:
-        named = file.read().strip()
-    beside = osp.join(work_dir, osp.basename(named))
-    return beside if osp.isfile(beside) else named
-
-
-def pretrained_files(model: dict) -> Iterator[str]:
+def pretrained_files(model: dict | list | tuple) -> Iterator[str]:
     """Checkpoints that ``init_cfg`` entries anywhere in a model's config name."""
     for value in model.values() if isinstance(model, dict) else model:
         if isinstance(value, (dict, list, tuple)):
@@ -96,35 +101,17 @@ def pretrained_files(model: dict) -> Iterator[str]:
         yield model['checkpoint']
 
 
-class ScheduleCheck(Hook):
-    """Refuses to resume with another schedule length.
-
-    A checkpoint restores the end of every schedule. With more epochs than before the learning rate would reach its
-    end early and stay there, without a word.
-    """
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        schedulers, states = runner.param_schedulers or [], checkpoint.get('param_schedulers', [])
-        if isinstance(schedulers, dict):
-            schedulers, states = sum(schedulers.values(), []), sum(states.values(), [])
-        for scheduler, state in zip(schedulers, states):
-            for key in ('end', 'total_steps'):
-                now, then = getattr(scheduler, key, None), state.get(key)
-                if now != then:
-                    raise SystemExit(
-                        f'{type(scheduler).__name__} has {key}={now} by the config but {key}={then} in the checkpoint, '
-                        'and the learning rate would follow the checkpoint. Resume with its number of epochs, batch '
-                        'size and number of processes, or start a new run from its weights: '
-                        '--cfg-options load_from=CHECKPOINT, without --resume.')
-
-
-def main() -> None:
-    cfg = configure(parse_args(build_parser()))
+def main(argv: list[str] | None = None) -> None:
+    cfg = configure(parse_args(build_parser(), argv))
     runner = build_runner(cfg)
-    if cfg.resume:
-        runner.register_hook(ScheduleCheck())
+    if not any(isinstance(hook, ResumeHook) for hook in runner.hooks):
+        runner.register_hook(ResumeHook())
+    if not cfg.resume:
+        runner.register_hook(FitCheck(whole=False))  # a head for other classes starts anew
     try:
-        runner.train()
+        with faults(cfg.work_dir):
+            check_coco_files(cfg, 'train', 'val')
+            runner.train()
     except URLError as error:
         raise SystemExit(f'Pretrained weights could not be downloaded ({error}): set init_cfg.checkpoint in the model '
                          'to a file, or train from scratch with --cfg-options model.backbone.init_cfg=None '
