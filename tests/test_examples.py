@@ -23,7 +23,6 @@ import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import HOOKS, METRICS, MODELS, DefaultScope
-from pip._internal.commands import create_command
 
 from mmasl.datasets.digits import DigitScenes
 
@@ -228,7 +227,10 @@ def test_commands(page, monkeypatch, tmp_path, capsys):
             case [path, *arguments] if path.startswith('tools/'):
                 check_script(path, arguments, flags, monkeypatch, tmp_path)
             case ['pip', 'install', *arguments]:
-                create_command('install').parser.parse_args(arguments)
+                # In a process of its own: pip takes setuptools' distutils away from the one that imports it.
+                parse = 'import sys; from pip._internal.commands import create_command as command'
+                subprocess.run([sys.executable, '-c', f"{parse}; command('install').parser.parse_args(sys.argv[1:])",
+                                *arguments], check=True)
                 for extra in re.findall(r'\.\[([\w,]+)\]', line):
                     assert all(f"'{name}': " in (ROOT / 'setup.py').read_text() for name in extra.split(',')), line
             case _:

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
@@ -114,6 +115,13 @@ sys.addaudithook(note)
 
 
 @pytest.fixture
+def tmp_path():
+    """A folder with a short path: a loader worker's socket in it may have 107 characters, and hangs with more."""
+    with tempfile.TemporaryDirectory(prefix='mmasl') as folder:
+        yield Path(folder).resolve()
+
+
+@pytest.fixture
 def watched(tmp_path):
     """Runs Python in folders of its own; returns its output, the paths that it wrote and what it asked the network for.
 
@@ -130,7 +138,7 @@ def watched(tmp_path):
 
     def run(*argv: object) -> tuple[str, list[str], list[str]]:
         done = subprocess.run([sys.executable, *map(str, argv)], cwd=tmp_path / 'cwd', env=env, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
         assert done.returncode == 0, done.stdout[-3000:]
         noted = [line.split(maxsplit=1) for line in log.read_text().splitlines()]
         # What is not written by Python is only seen where it lies.

@@ -40,7 +40,7 @@ custom_hooks = [dict(type='mmasl.AdaptiveAsymmetryHook', target=0.1, step=0.1, b
 """
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(force=True)  # tests load this file more than once
 class StopAfter(Hook):
     """Ends a training by epochs, after the first epoch in which its time is over.
 
