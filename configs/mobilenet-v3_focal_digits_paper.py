@@ -2,3 +2,6 @@
 _base_ = './mobilenet-v3_bce_digits_paper.py'
 
 model = dict(head=dict(loss=dict(gamma_pos=2.0, gamma_neg=2.0)))
+
+# That of the ResNet with focal loss.
+param_scheduler = dict(eta_max=1e-2)
