@@ -30,8 +30,8 @@ from mmengine.utils import get_installed_path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from mmasl.runs import Run, write_rows  # noqa: E402
-from tools.benchmark import read_rows, table  # noqa: E402
+from mmasl.runs import Run, fill_blocks, read_rows, write_rows  # noqa: E402
+from tools.benchmark import table  # noqa: E402
 
 PACKAGES = ('mmdet', 'mmpretrain')
 ROWS, DOC = ROOT / 'benchmarks' / 'stock_configs.csv', ROOT / 'docs' / 'stock_configs.md'
@@ -45,14 +45,14 @@ FOCAL = ('FocalLoss', 'FocalCustomLoss')  # both on sigmoids, always
 CLASSIFICATION = ('loss_cls', 'initial_loss_cls', 'loss_heatmap', 'loss_center_heatmap')  # keys of losses
 FIGURES = ('/bbox_mAP', '/segm_mAP', '/mAP', '/top1')  # of a validation, what is shown
 REASONS = {  # classification loss of a family: why it is left out
-    'softmax CrossEntropyLoss': 'on a softmax with a class for background',
+    'softmax CrossEntropyLoss': 'on a softmax, whose classes exclude each other',
     'sigmoid CrossEntropyLoss': 'no focal loss; tests/test_mmdet_heads.py swaps it in RPN, YOLOv3 and YOLOX',
     'QualityFocalLoss': 'its targets are IoUs; tests/test_mmdet_heads.py swaps it in GFL and RTMDet',
     'VarifocalLoss': 'its targets are IoUs; tests/test_mmdet_heads.py swaps it in VFNet',
     'GaussianFocalLoss': 'its targets are heatmaps, whose Gaussians reduce the weight of negatives',
     'GHMC': 'it weighs by the density of gradients; the head is that of retinanet',
-    'SeesawLoss': 'on a softmax with a class for background',
-    '': 'its configs name no classification loss'}
+    'SeesawLoss': 'on a softmax, whose classes exclude each other',
+    '': 'its configs name no classification loss: the head has its own'}
 
 
 @dataclass
@@ -444,10 +444,7 @@ def render(doc: str, rows: list[dict[str, str]]) -> str:
         'runs': table(tried),
         'left out': '\n'.join(['| why | families (configs) |', '|---|---|',
                                *(f'| {why} | {", ".join(families)} |' for why, families in sorted(reasons.items()))])}
-    for name, block in blocks.items():
-        first, last = f'<!-- {name} -->\n', '<!-- end -->'
-        doc = re.sub(f'{first}.*?{last}', f'{first}{block}\n{last}'.replace('\\', r'\\'), doc, flags=re.DOTALL)
-    return doc
+    return fill_blocks(doc, dict(stock=blocks.__getitem__))
 
 
 def main() -> None:
@@ -478,8 +475,7 @@ def main() -> None:
     if importlib.util.find_spec('transformers') and not (data / 'bert').exists():
         make_bert(data / 'bert')
     key = ('package', 'family', 'head', 'config')
-    kept = read_rows(args.out) if args.out.exists() else []
-    rows = {tuple(row[name] for name in key): row for row in kept} if args.family else {}
+    rows = {tuple(row[name] for name in key): row for row in read_rows(args.out)} if args.family else {}
     for family in families:
         row = execute(family, data, args.work_dir) if family.head else left_out(family)
         print(', '.join(f'{name} {value}' for name, value in row.items() if value), flush=True)
