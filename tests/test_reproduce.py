@@ -143,6 +143,30 @@ def test_collecting_keeps_other_rows(tmp_path, run):
     assert len(Results(tmp_path / 'rows', 'digits').rows) == before + 1
 
 
+def test_an_interrupted_call_leaves_its_rows(tmp_path, run, monkeypatch):
+    """Of two trainings one is over when the call is cut off; the next call trains the other alone."""
+    one, other = (training for row in rows('Fig. 4', 'digits')[:2] for training in row.trainings)
+    started = []
+
+    def train(runs, jobs, gpus):
+        started.append([Path(run.work_dir).name for run in runs])
+        if len(started) == 1:
+            folder = Path(runs[0].work_dir)
+            folder.parent.mkdir(parents=True)
+            Path(run.work_dir).rename(folder)
+            runs[0].finish()
+            raise SystemExit('terminated')
+
+    monkeypatch.setattr(reproduce, 'prepare', lambda *_: None)
+    monkeypatch.setattr(reproduce, 'train', train)
+    flags = ['--figure', '4', '--seeds', '1', '--out', str(tmp_path / 'out'), '--work-dir', str(tmp_path / 'work')]
+    with pytest.raises(SystemExit, match='terminated'):
+        reproduce.main(flags)
+    assert Results(tmp_path / 'out', 'digits').scores(one, 'mAP') == {0: 81.23}
+    reproduce.main(flags)
+    assert started[1] == started[0][1:] and started[1][0].startswith(other.config)
+
+
 def test_list(capsys):
     reproduce.main(['--list', '--data', 'real', '--out', 'nowhere'])
     text = capsys.readouterr().out

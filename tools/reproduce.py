@@ -83,9 +83,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not runs:
                 continue
             print(f'== seed {seed}: {len(runs)} trainings')
-            train(list(runs.values()), args.jobs or (1 if torch.cuda.is_available() else None), args.gpus)
-            collect(runs, seed, curved, results)
-            results = Results(args.out, data)
+            try:
+                train(list(runs.values()), args.jobs or (1 if torch.cuda.is_available() else None), args.gpus)
+            finally:  # an interrupted call leaves the rows of what has been trained
+                collect({one: run for one, run in runs.items() if run.finished}, seed, curved, results)
+                results = Results(args.out, data)
     for item in args.items:
         picture = picture_of(item, data, args.out)
         drawn = draw(item, results, [picture, picture.with_suffix('.png')])
