@@ -90,7 +90,8 @@ def registries() -> list:
 
 def config_names() -> dict[str, list[str]]:
     """What a config can name, ``type='mmasl.NAME'``, by registry."""
-    return {each.name: sorted(each.module_dict) for each in registries()}
+    return {each.name: sorted(name for name, value in each.module_dict.items() if value.__module__.startswith('mmasl.'))
+            for each in registries()}
 
 
 def write_api(app) -> None:
