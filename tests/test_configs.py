@@ -331,9 +331,11 @@ def test_input_size_is_that_of_the_name(name):
         assert load(name)[f'{split}_dataloader'].dataset.pipeline[1].scale == int(name[-3:])
 
 
-@pytest.mark.parametrize('name', [name for name in PATHS if re.fullmatch(r'(resnet|fcos)_[a-z]+_digits', name)])
+@pytest.mark.parametrize('name', [name for name in PATHS if re.fullmatch(
+    r'(resnet|fcos)_[a-z]+_digits|resnet_(bce|focal|asl)_digits_paper', name)])
 def test_digits_learning_rate_is_the_best_of_its_search(name):
-    with open(ROOT / 'benchmarks' / 'digits_lr.csv') as file:
+    folder = 'paper' if name.endswith('_paper') else ''
+    with (ROOT / 'benchmarks' / folder / 'digits_lr.csv').open() as file:
         rows = [row for row in csv.DictReader(file) if row['config'] == name]
     figure = 'bbox_mAP' if name.startswith('fcos') else 'mAP'
     best = max(rows, key=lambda row: float(row[figure]))
