@@ -135,11 +135,11 @@ def test_collecting_keeps_other_rows(tmp_path, run):
     results = write(tmp_path / 'rows', 'Fig. 5', seeds=1)
     training = rows('Fig. 9', 'digits')[0].trainings[0]
     before = len(results.rows)
-    reproduce.collect({training: run}, 0, {training}, results)
+    reproduce.collect({training: run}, 0, results)
     results = Results(tmp_path / 'rows', 'digits')
     assert len(results.rows) == before + 1 and results.scores(training, 'mAP') == {0: 81.23}
     assert len(results.curve(training, 'gap')[0]) == 50
-    reproduce.collect({training: run}, 0, {training}, results)
+    reproduce.collect({training: run}, 0, results)
     assert len(Results(tmp_path / 'rows', 'digits').rows) == before + 1
 
 
@@ -163,6 +163,9 @@ def test_an_interrupted_call_leaves_its_rows(tmp_path, run, monkeypatch):
     with pytest.raises(SystemExit, match='terminated'):
         reproduce.main(flags)
     assert Results(tmp_path / 'out', 'digits').scores(one, 'mAP') == {0: 81.23}
+    (tmp_path / 'out' / 'digits.csv').unlink()
+    reproduce.main([*flags, '--render'])  # trains nothing, and finds what is finished
+    assert Results(tmp_path / 'out', 'digits').scores(one, 'mAP') == {0: 81.23} and len(started) == 1
     reproduce.main(flags)
     assert started[1] == started[0][1:] and started[1][0].startswith(other.config)
 

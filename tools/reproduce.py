@@ -37,7 +37,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument('--missing-labels', action='store_true',
                       help='mAP against the share of missing training labels (digits only)')
     what.add_argument('--all', action='store_true', help='all that the data have')
-    what.add_argument('--render', action='store_true', help='train nothing; only make tables and pictures anew')
+    what.add_argument('--render', action='store_true',
+                      help='train nothing; make tables and pictures anew, of finished trainings too')
     parser.add_argument('--data', choices=['digits', 'real'], help="default: 'digits'; both for --list")
     parser.add_argument('--seeds', type=int, help='trainings of each row (default: 5 on digits, 1 on real data)')
     parser.add_argument('--gpus', type=int, default=max(1, torch.cuda.device_count()), help='of one training')
@@ -70,24 +71,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     data = args.data or 'digits'
     results = Results(args.out, data)
-    if not args.render:
-        found = [row for item in args.items for row in rows(item, data)]
-        trainings = list(dict.fromkeys(training for row in found for training in row.trainings))
-        curved = {training for item in args.items if item in CURVES for row in rows(item, data)
-                  for training in row.trainings}
-        if trainings:
-            prepare(trainings, data)
-        for seed in range(args.seeds or (5 if data == 'digits' else 1)):
-            runs = {one: run_of(one, data, seed, args.work_dir) for one in trainings
-                    if seed not in results.seeds(one) or (one in curved and not results.curve(one, 'gap')[0].size)}
-            if not runs:
-                continue
-            print(f'== seed {seed}: {len(runs)} trainings')
-            try:
+    trainings = list(dict.fromkeys(
+        training for item in args.items for row in rows(item, data) for training in row.trainings))
+    if trainings and not args.render:
+        prepare(trainings, data)
+    for seed in range(args.seeds or (5 if data == 'digits' else 1)):
+        runs = {one: run_of(one, data, seed, args.work_dir) for one in trainings if seed not in results.seeds(one)}
+        try:
+            if runs and not args.render:
+                print(f'== seed {seed}: {len(runs)} trainings')
                 train(list(runs.values()), args.jobs or (1 if torch.cuda.is_available() else None), args.gpus)
-            finally:  # an interrupted call leaves the rows of what has been trained
-                collect({one: run for one, run in runs.items() if run.finished}, seed, curved, results)
-                results = Results(args.out, data)
+        finally:  # an interrupted call leaves the rows of what has been trained
+            collect({one: run for one, run in runs.items() if run.finished}, seed, results)
+            results = Results(args.out, data)
     for item in args.items:
         picture = picture_of(item, data, args.out)
         drawn = draw(item, results, [picture, picture.with_suffix('.png')])
@@ -161,8 +157,9 @@ def prepare(trainings: Sequence[Training], data: str) -> None:
         train(runs)
 
 
-def collect(runs: dict[Training, Run], seed: int, curved: set[Training], results: Results) -> None:
-    """Add finished runs to the rows, and curves to theirs."""
+def collect(runs: dict[Training, Run], seed: int, results: Results) -> None:
+    """Add finished runs to the rows, and the curves of those that a figure draws to theirs."""
+    curved = {training for item in CURVES for row in rows(item, results.data) for training in row.trainings}
     new: list[dict[str, Any]] = [
         dict(config=one.config, options=one.overrides, seed=seed, **scalars(run)) for one, run in runs.items()]
     curves: list[dict[str, Any]] = [
