@@ -7,7 +7,7 @@ import atexit
 import os
 import os.path as osp
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import track
 
 from mmasl.checkpoints import FitCheck, load_only_data
 from mmasl.checks import add_checks, plain_errors
@@ -176,6 +178,11 @@ def build_runner(cfg: Config) -> Runner:
             find_unused_parameters=cfg.get('find_unused_parameters', False)))
     add_checks(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def progress(items: Iterable, what: str) -> Iterable:
+    """The items, with a bar on the error stream while they are gone through."""
+    return track(items, what, console=Console(stderr=True))
 
 
 @contextmanager

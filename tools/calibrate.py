@@ -6,7 +6,6 @@ With "synthetic" in place of CONFIG it trains a small network for some seconds o
 the loss of --cfg-options, as in gamma_neg=2.
 """
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.runner.amp import autocast
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from mmasl import AsymmetricLoss, MultiLabelReport
@@ -32,6 +29,7 @@ from mmasl.cli import (
     load_weights,
     make_parser,
     parse_args,
+    progress,
     require_file,
     set_dataloader_defaults,
 )
@@ -133,10 +131,6 @@ def synthesize(seed: int, images: int = 20000, classes: int = 10, steps: int = 2
     x, truth, y = sample(images)
     with torch.no_grad():
         return Predictions(model(x), y.to(torch.int8), loss, truth)
-
-
-def progress(items: Iterable, what: str) -> Iterable:
-    return track(items, what, console=Console(stderr=True))
 
 
 def compare(predictions: Predictions,

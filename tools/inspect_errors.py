@@ -4,7 +4,6 @@ It shows the classes, the most confident mistakes, which may be wrong labels, th
 """
 import argparse
 import csv
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,7 +11,6 @@ from mmengine.config import Config
 from mmengine.runner.amp import autocast
 from mmpretrain.models.heads import MultiLabelClsHead
 from rich.console import Console
-from rich.progress import track
 
 from mmasl import MultiLabelReport
 from mmasl.cli import (
@@ -23,6 +21,7 @@ from mmasl.cli import (
     load_weights,
     make_parser,
     parse_args,
+    progress,
     require_file,
     set_dataloader_defaults,
 )
@@ -106,10 +105,6 @@ def predict(cfg: Config, amp: bool = False) -> tuple[Results, str]:
     except (TypeError, ValueError):  # another loss, or alpha of 0 or 1
         settings = None
     return Results(logits, labels, images, list(classes), settings), str(head.loss_module)
-
-
-def progress(items: Iterable, what: str) -> Iterable:
-    return track(items, what, console=Console(stderr=True))
 
 
 def data_set(cfg: Config) -> str:
