@@ -71,8 +71,8 @@ class Training:
     @property
     def name(self) -> str:
         """Of its work dir."""
-        return '_'.join([self.config, *(f'{key.split(".")[-1]}{_text(value)}'.replace('/', '-')
-                                        for key, value in self.options)])
+        parts = (f'{key.split(".")[-1]}{_text(value)}'.replace('/', '-') for key, value in self.options)
+        return '_'.join(dict.fromkeys([self.config, *parts]))
 
     @property
     def command(self) -> str:
