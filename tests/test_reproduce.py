@@ -48,7 +48,8 @@ def test_table(tmp_path):
     assert lines[2] == '| gamma 0 | 84 | 80.5 ± 1.2 |  | 70.0 ± 0.0 | -0.20 ± 0.00 | 3 |'
     assert lines[4] == '| gamma 2 |  | 80.7 ± 1.2 | +0.2 ± 0.0 | 70.0 ± 0.0 | -0.20 ± 0.00 | 3 |'
     # The best of gamma 2, 3, 4 by our own score, beside the paper's best.
-    assert lines[8].startswith('| best, gamma 2 to 4 | 85.1 (1) | 80.9 ± 1.2 (gamma_neg=4) | +0.4 ± 0.0 |')
+    assert lines[8].startswith(
+        '| best, gamma 2 to 4 | 85.1 (1) | 80.9 ± 1.2 (gamma_pos=4.0, gamma_neg=4.0) | +0.4 ± 0.0 |')
     assert lines[-1] == f'(1) {FOOTNOTES["focal-gamma"]}  '
 
 

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f'\n{text}')
     print(f'Rows, tables and pictures: {args.out}')
     if args.out.resolve() == ROOT / 'benchmarks' / 'paper':
-        PAGE.write_text(page(PAGE.read_text(), args.out))
+        PAGE.write_text(page(PAGE.read_text(), args.out.resolve()))
 
 
 def page(text: str, folder: Path) -> str:

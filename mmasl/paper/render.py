@@ -123,7 +123,8 @@ def _measured(row: Row, first: Training, scalars: Sequence[str], results: Result
     common = sorted(set(ours) & set(theirs))
     against = '' if training == first or not common else _mean(
         {seed: ours[seed] - theirs[seed] for seed in common}, scalars[0], '+')
-    chosen = f' ({training.overrides.split(".")[-1] or training.config})' if len(row.trainings) > 1 and ours else ''
+    options = ', '.join(f'{key.split(".")[-1]}={value}' for key, value in training.options) or training.config
+    chosen = f' ({options})' if len(row.trainings) > 1 and ours else ''
     return [cells[0] + chosen, against, *cells[1:], str(len(results.seeds(training)))]
 
 
