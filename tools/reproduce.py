@@ -73,14 +73,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = Results(args.out, data)
     trainings = list(dict.fromkeys(
         training for item in args.items for row in rows(item, data) for training in row.trainings))
+    # On GPUs one training after the other.
+    jobs = args.jobs or (1 if torch.cuda.is_available() else None)
     if trainings and not args.render:
-        prepare(trainings, data)
+        prepare(trainings, jobs, args.gpus)
     for seed in range(args.seeds or (5 if data == 'digits' else 1)):
         runs = {one: run_of(one, data, seed, args.work_dir) for one in trainings if seed not in results.seeds(one)}
         try:
             if runs and not args.render:
                 print(f'== seed {seed}: {len(runs)} trainings')
-                train(list(runs.values()), args.jobs or (1 if torch.cuda.is_available() else None), args.gpus)
+                train(list(runs.values()), jobs, args.gpus)
         finally:  # an interrupted call leaves the rows of what has been trained
             collect({one: run for one, run in runs.items() if run.finished}, seed, results)
             results = Results(args.out, data)
@@ -136,7 +138,7 @@ def starting_points(cfg: Config) -> Iterator[str]:
                 if path and osp.exists(f'configs/{osp.basename(osp.dirname(path))}.py'))
 
 
-def prepare(trainings: Sequence[Training], data: str) -> None:
+def prepare(trainings: Sequence[Training], jobs: int | None, gpus: int) -> None:
     """Write the digits, refuse missing data, and train what others start from.
 
     Raises:
@@ -154,7 +156,7 @@ def prepare(trainings: Sequence[Training], data: str) -> None:
     runs = [Run(training.path, osp.dirname(path)) for path, training in first.items() if not osp.exists(path)]
     if runs:
         print('== what the others start from')
-        train(runs)
+        train(runs, jobs, gpus)
 
 
 def collect(runs: dict[Training, Run], seed: int, results: Results) -> None:
