@@ -8,7 +8,18 @@ import pytest
 from mmengine.config import Config
 
 from mmasl.paper import load
-from mmasl.paper.experiments import ALPHAS, EXTRA, KINDS, MARGINS, Loss, Training, digits_of, items, rows
+from mmasl.paper.experiments import (
+    ALPHAS,
+    CONVERGENCE,
+    KINDS,
+    MARGINS,
+    MISSING_LABELS,
+    Loss,
+    Training,
+    digits_of,
+    items,
+    rows,
+)
 
 ROOT = Path(__file__).parents[1]
 ALL = [(data, item) for data in ('real', 'digits') for item in items(data)]
@@ -31,7 +42,8 @@ def loss_of(training: Training) -> Loss:
 def test_all_tables_and_figures_are_there():
     named = {entry.item for entry in load()}
     assert set(items('real')) == named
-    assert {f'Fig. {n}' for n in range(4, 10)} | {'Table 2', 'Table 3', 'Table 13', EXTRA} <= set(items('digits'))
+    assert {f'Fig. {n}' for n in range(4, 10)} | {'Table 2', 'Table 3', 'Table 13', MISSING_LABELS, CONVERGENCE} <= set(
+        items('digits'))
 
 
 @pytest.mark.parametrize('data, item', ALL, ids=str)
@@ -102,20 +114,30 @@ def test_shared_trainings_are_one():
     def of(item, label):
         return next(row.trainings for row in rows(item, 'digits') if row.label == label)
     assert of('Fig. 5', 'gamma 0') == of('Fig. 4', 'Cross-entropy') == of('Fig. 7', 'gamma 0, margin 0')
-    assert of('Fig. 5', 'gamma 0') == of('Fig. 8', 'ResNet-18, Cross-entropy') == of(EXTRA, 'CE, 30% missing')
-    assert of('Table 2', 'Focusing + Probability margin (ASL)') == of(EXTRA, 'ASL, 30% missing')
+    assert of('Fig. 5', 'gamma 0') == of('Fig. 8', 'ResNet-18, Cross-entropy') == of(MISSING_LABELS, 'CE, 30% missing')
+    assert of('Table 2', 'Focusing + Probability margin (ASL)') == of(MISSING_LABELS, 'ASL, 30% missing')
     names = [training.name for item in items('digits') for row in rows(item, 'digits') for training in row.trainings]
     trainings = {training for item in items('digits') for row in rows(item, 'digits') for training in row.trainings}
     assert len(set(names)) == len(trainings)
 
 
 def test_missing_labels_change_the_data_alone():
-    for row in rows(EXTRA, 'digits'):
+    for row in rows(MISSING_LABELS, 'digits'):
         cfg = Config.fromfile(row.trainings[0].path)
         cfg.merge_from_dict(dict(row.trainings[0].options))
         roots = {cfg[f'{split}_dataloader'].dataset.data_root for split in ('train', 'val', 'test')}
         assert len(roots) == 1 and digits_of(roots.pop()).missing == row.x
         assert all('data_root' in key for key, _ in row.trainings[0].options)
+
+
+def test_convergence_changes_the_epochs_alone():
+    found = rows(CONVERGENCE, 'digits')
+    assert {(row.series, row.x) for row in found} == {(name, x) for name in ('CE', 'focal', 'ASL') for x in (4, 8, 16)}
+    for row in found:
+        cfg = Config.fromfile(row.trainings[0].path)
+        cfg.merge_from_dict(dict(row.trainings[0].options))
+        assert cfg.train_cfg.max_epochs == row.x and 'total_steps' not in cfg.param_scheduler  # one cycle over all
+        assert all(key == 'train_cfg.max_epochs' for key, _ in row.trainings[0].options)
 
 
 def test_the_digits_roots_are_those_of_their_makers():

@@ -18,7 +18,7 @@ from mmengine.config import Config
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from mmasl.cli import check_data
 from mmasl.datasets.digits import DigitScenes
-from mmasl.paper.experiments import EXTRA, Row, Training, digits_of, items, rows
+from mmasl.paper.experiments import CONVERGENCE, MISSING_LABELS, Row, Training, digits_of, items, rows
 from mmasl.paper.render import CURVES, Results, draw, render
 from mmasl.runs import Run, fill_blocks, train, write_rows
 
@@ -36,6 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument('--figure', type=int, nargs='+', default=[], metavar='N', help='2 to 9')
     what.add_argument('--missing-labels', action='store_true',
                       help='mAP against the share of missing training labels (digits only)')
+    what.add_argument('--convergence', action='store_true', help='mAP against the number of epochs (digits only)')
     what.add_argument('--all', action='store_true', help='all that the data have')
     what.add_argument('--render', action='store_true',
                       help='train nothing; make tables and pictures anew, of finished trainings too')
@@ -50,13 +51,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         'which are put into the page too (default: %(default)s)')
     args = parser.parse_args(argv)
     data = args.data or 'digits'
-    chosen = [f'Table {n}' for n in args.table] + [f'Fig. {n}' for n in args.figure] + [EXTRA] * args.missing_labels
+    chosen = [f'Table {n}' for n in args.table] + [f'Fig. {n}' for n in args.figure]
+    chosen += [MISSING_LABELS] * args.missing_labels + [CONVERGENCE] * args.convergence
     known = items(data)
     for item in chosen:
         if item not in known:
             parser.error(f'{item} has no rows on --data {data}; there are: {", ".join(known)}')
     if not (chosen or args.list or args.all or args.render):
-        parser.error('nothing to do: give --list, --all, --table N, --figure N or --missing-labels')
+        parser.error('nothing to do: give --list, --all, --table N, --figure N, --missing-labels or --convergence')
     if args.seeds is not None and args.seeds < 1:
         parser.error(f'--seeds {args.seeds}: at least one')
     args.items = chosen or (known if args.all or args.render else [])
