@@ -3,8 +3,9 @@
 On the paper's own data ('real'), and the same comparisons on the handwritten digits ('digits'), which 2 CPU cores
 train.
 """
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 
 from ..datasets.digits import DigitScenes
 from .numbers import Entry, load
@@ -147,12 +148,13 @@ def _text(value: object) -> str:
     return f'{value:g}' if isinstance(value, float) else str(value)
 
 
-def _training(pattern: str, kind: str, loss: Loss, head: str = 'model.head.loss', **options: object) -> Training:
-    """The config of a kind, and where the loss differs from it."""
+def _training(pattern: str, kind: str, loss: Loss, options: Mapping[str, object] = MappingProxyType({})) -> Training:
+    """The config of a kind with some options, and where the loss differs from it."""
+    options = dict(options)
     for field in fields(Loss):
         value = getattr(loss, field.name)
         if value is not None and value != getattr(KINDS[kind], field.name):
-            options['custom_hooks.0.target' if field.name == 'target' else f'{head}.{field.name}'] = value
+            options['custom_hooks.0.target' if field.name == 'target' else f'model.head.loss.{field.name}'] = value
     return Training(pattern.format(kind), tuple(options.items()))
 
 
@@ -249,7 +251,7 @@ def _missing(data: str, entries: list[Entry]) -> Iterator[Row]:
             options = {} if share == 0.3 else {
                 f'{split}_dataloader.dataset.data_root': _missing_root(share) for split in ('train', 'val', 'test')}
             yield Row(MISSING_LABELS, f'{name}, {share:.0%} missing',
-                      (_training('resnet_{}_digits_paper', loss.kind, loss, **options), ), (), name, share)
+                      (_training('resnet_{}_digits_paper', loss.kind, loss, options), ), (), name, share)
 
 
 def _convergence(data: str, entries: list[Entry]) -> Iterator[Row]:
@@ -257,9 +259,9 @@ def _convergence(data: str, entries: list[Entry]) -> Iterator[Row]:
         return
     for name, loss in LOSSES.items():
         for epochs in EPOCHS:
-            options = {} if epochs == 8 else {'train_cfg.max_epochs': epochs}
+            options: dict[str, object] = {} if epochs == 8 else {'train_cfg.max_epochs': epochs}
             yield Row(CONVERGENCE, f'{name}, {epochs} epochs',
-                      (_training('resnet_{}_digits_paper', loss.kind, loss, **options), ), (), name, epochs)
+                      (_training('resnet_{}_digits_paper', loss.kind, loss, options), ), (), name, epochs)
 
 
 def _drawn(item: str, entries: list[Entry]) -> Iterator[Row]:
