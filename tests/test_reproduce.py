@@ -81,6 +81,20 @@ def test_differences_are_on_common_seeds(tmp_path):
     assert '| +0.2 ± 0.0 |' in text  # seed 0, 30 points lower, is not among the first row's
 
 
+def test_what_is_known_of_the_missing_labels_stands_beside_the_scores(tmp_path):
+    one = rows(MISSING_LABELS, 'digits')[3].trainings[0]
+    write(tmp_path, MISSING_LABELS)
+    write_rows(tmp_path / 'digits_missing.csv', [
+        dict(config=one.config, options=one.overrides, seed=seed, p_missing=0.25, gradient_missing=12.34)
+        for seed in range(2)])
+    head, _, *lines = render(MISSING_LABELS, Results(tmp_path, 'digits')).splitlines()
+    names = [cell.strip() for cell in head.split('|')]
+    cells = [[cell.strip() for cell in line.split('|')] for line in lines]
+    assert cells[3][names.index('of missing')] == '0.25 ± 0.00' and cells[2][names.index('of missing')] == ''
+    assert cells[3][names.index('gradient on missing labels [%]')] == '12.3 ± 0.0'
+    assert cells[3][names.index('seeds')] == '3'
+
+
 def test_table_1_agrees_with_the_gradients(tmp_path):
     cells = [[cell.strip() for cell in line.strip('|').split('|')]
              for line in render('Table 1', Results(tmp_path, 'real')).splitlines()[2:]]

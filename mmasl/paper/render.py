@@ -13,11 +13,15 @@ from .numbers import FOOTNOTES, Entry
 
 # What is shown of the digits' trainings; the first decides which of several is the best, and is drawn.
 SHOWN = {'Fig. 4': ('train_p_t_pos', 'train_p_t_neg', 'train_gap', 'mAP'), 'Table 13': ('bbox_mAP', 'bbox_mAP_50'),
-         'Table 3': ('mAP', 'gamma_neg', 'CF1', 'gap'), 'Fig. 9': ('reached', 'gamma_neg', 'mAP')}
+         'Table 3': ('mAP', 'gamma_neg', 'CF1', 'gap'), 'Fig. 9': ('reached', 'gamma_neg', 'mAP'),
+         **dict.fromkeys(('Table 2', MISSING_LABELS), ('mAP', 'CF1', 'gap', 'p_annotated', 'p_missing', 'p_absent',
+                                                       'gradient_missing'))}
 HEADS = {'train_p_t_pos': 'p_t+ at the end', 'train_p_t_neg': 'p_t- at the end', 'train_gap': 'gap at the end',
          'bbox_mAP': 'AP', 'bbox_mAP_50': 'AP50', 'gap': 'gap (validation)', 'gamma_neg': 'final gamma_neg',
+         'p_annotated': 'p of annotated', 'p_missing': 'of missing', 'p_absent': 'of absent labels',
+         'gradient_missing': 'gradient on missing labels [%]',
          'mAP_weighted': 'macro mAP', 'f1-score': 'macro F1', 'reached': 'gap reached after [% of the training]'}
-FRACTIONS = ('train_p_t_pos', 'train_p_t_neg', 'train_gap', 'gap', 'gamma_neg')
+FRACTIONS = ('train_p_t_pos', 'train_p_t_neg', 'train_gap', 'gap', 'gamma_neg', 'p_annotated', 'p_missing', 'p_absent')
 CURVES = {'Fig. 4': ('p_t_pos', 'p_t_neg'), 'Fig. 9': ('gamma_neg', 'gap')}
 
 
@@ -25,14 +29,17 @@ class Results:
     """The rows of trainings, and of the curves of some.
 
     Args:
-        folder: Holds ``<data>.csv`` and ``<data>_curves.csv``; neither need exist.
+        folder: Holds ``<data>.csv``, ``<data>_curves.csv`` and ``<data>_missing.csv``, which tools/missing_labels.py
+            writes; none need exist.
         data: 'real' or 'digits'.
     """
 
     def __init__(self, folder: Path, data: str) -> None:
         self.data = data
-        self.path, self.curves_path = folder / f'{data}.csv', folder / f'{data}_curves.csv'
-        self.rows, self.curve_rows = read_rows(self.path), read_rows(self.curves_path)
+        self.path, self.curves_path, self.missing_path = (
+            folder / f'{data}{what}.csv' for what in ('', '_curves', '_missing'))
+        self.rows, self.curve_rows, self.missing_rows = map(
+            read_rows, (self.path, self.curves_path, self.missing_path))
 
     def seeds(self, training: Training) -> list[int]:
         """Seeds that have been trained, ascending."""
@@ -40,7 +47,8 @@ class Results:
 
     def scores(self, training: Training, scalar: str) -> dict[int, float]:
         """A scalar of the trained seeds."""
-        return {int(row['seed']): float(row[scalar]) for row in self._of(training, self.rows) if row.get(scalar)}
+        return {int(row['seed']): float(row[scalar])
+                for row in self._of(training, [*self.rows, *self.missing_rows]) if row.get(scalar)}
 
     def curve(self, training: Training, scalar: str) -> tuple[np.ndarray, np.ndarray]:
         """Shares of the training, (T,), and a scalar there, the mean over the seeds, (T,)."""

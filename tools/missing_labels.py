@@ -1,0 +1,85 @@
+"""What the digits' trainings make of the labels that are missing: their probabilities, and their part of the gradient.
+
+Looks at finished trainings of tools/reproduce.py --table 2 --missing-labels, on their own training images: the complete
+annotations tell which of the negatives are in truth unannotated positives.
+"""
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from reproduce import run_of
+
+from mmasl.cli import progress
+from mmasl.datasets.coco import CocoMultiLabel
+from mmasl.inferencer import MultiLabelInferencer
+from mmasl.paper.experiments import MISSING_LABELS, rows
+from mmasl.paper.render import Results, best
+from mmasl.runs import Run, read_rows, write_rows
+
+COMPLETE = 'data/digits_hard_missing0'
+KINDS = ('annotated', 'missing', 'absent')
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--work-dir', default='work_dirs/paper', help='of tools/reproduce.py (default: %(default)s)')
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/paper/results'),
+                        help='folder of digits_missing.csv, which finished rows are kept in (default: %(default)s)')
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    results = Results(args.out, 'digits')
+    path = results.missing_path
+    trainings = dict.fromkeys(
+        best(row, results) for item in ('Table 2', 'Fig. 4', MISSING_LABELS) for row in rows(item, 'digits'))
+    table = {(row['config'], row['options'], row['seed']): row for row in read_rows(path)}
+    runs = {(one.config, one.overrides, str(seed)): run_of(one, 'digits', seed, args.work_dir)
+            for one in trainings for seed in results.seeds(one)}
+    for key in progress([key for key, run in runs.items() if key not in table and run.finished], 'trainings'):
+        table[key] = dict(zip(('config', 'options', 'seed'), key, strict=True)) | measure(runs[key])
+        write_rows(path, [table[one] for one in sorted(table)])
+    if not table:
+        raise SystemExit(f'No finished trainings in {args.out}: run tools/reproduce.py --missing-labels first')
+    print(path.read_text())
+
+
+def measure(run: Run) -> dict[str, str]:
+    """Means of p, and shares of the sum of |dL/dz|, by the kind of label, in the images that a run has trained on."""
+    cfg = Config.fromfile(run.config)
+    cfg.merge_from_dict(run.options)
+    model = MultiLabelInferencer(cfg, run.checkpoint()).model
+    train: dict[str, Any] = dict(ann_file='annotations/instances_train.json', data_prefix=dict(img_path='train/'))
+    cfg.test_dataloader.dataset.update(train)
+    complete = CocoMultiLabel(data_root=COMPLETE, **train)
+    truth = {Path(one['img_path']).name: one['gt_label'] for one in map(complete.get_data_info, range(len(complete)))}
+
+    p_sum, gradient, count = torch.zeros(3, 3, dtype=torch.float64)
+    for batch in Runner.build_dataloader(cfg.test_dataloader):
+        data = model.data_preprocessor(batch)
+        with torch.no_grad():
+            z = model(**data, mode='tensor')
+        z.requires_grad_()
+        annotated, true = (torch.zeros(z.shape, dtype=torch.bool) for _ in range(2))
+        for i, sample in enumerate(data['data_samples']):
+            annotated[i, sample.gt_label] = True
+            true[i, truth[Path(sample.img_path).name]] = True
+        loss = model.head.loss_module(z, annotated.to(z), reduction_override='none').sum()
+        size = torch.autograd.grad(loss, z)[0].abs()
+        for kind, where in enumerate((annotated, true & ~annotated, ~true)):
+            p_sum[kind] += z[where].sigmoid().sum().item()
+            gradient[kind] += size[where].sum()
+            count[kind] += where.sum()
+    means, shares = p_sum / count, 100 * gradient / gradient.sum()
+    return {f'{name}_{kind}': f'{value:.4g}' if count[place] else ''
+            for name, values in (('p', means), ('gradient', shares))
+            for place, (kind, value) in enumerate(zip(KINDS, values.tolist(), strict=True))}
+
+
+if __name__ == '__main__':
+    main()
