@@ -336,13 +336,19 @@ def test_input_size_is_that_of_the_name(name):
 def test_digits_learning_rate_is_the_best_of_its_search(name):
     folder = 'paper' if name.endswith('_paper') else ''
     with (ROOT / 'benchmarks' / folder / 'digits_lr.csv').open() as file:
-        rows = [row for row in csv.DictReader(file) if row['config'] == name]
+        rows = [row for row in csv.DictReader(file) if row['config'] == name
+                and re.fullmatch(r'(randomness\.seed=\d)?', row.get('options', ''))]
     figure = 'bbox_mAP' if name.startswith('fcos') else 'mAP'
-    best = max(rows, key=lambda row: float(row[figure]))
-    assert load(name).param_scheduler.eta_max == float(best['lr'])
+    scores = defaultdict(list)
+    for row in rows:
+        scores[float(row['lr'])].append(float(row[figure]))
+    # All rates with one seed; where the best of these have more seeds, the best mean counts.
+    seeds = max(map(len, scores.values()))
+    best = max((lr for lr in scores if len(scores[lr]) == seeds), key=lambda lr: sum(scores[lr]))
+    assert load(name).param_scheduler.eta_max == best
     assert len({row['epochs'] for row in rows}) == 1
-    rates = sorted(float(row['lr']) for row in rows)
-    assert rates[0] < float(best['lr']) < rates[-1], 'the best lies at the edge of the search'
+    rates = sorted(scores)
+    assert rates[0] < best < rates[-1], 'the best lies at the edge of the search'
 
 
 @pytest.mark.parametrize('name', STOCK)
