@@ -1,7 +1,7 @@
 """mmasl/paper/experiments.py: every row of the paper has its training, and the trainings are what the rows say."""
 import importlib.util
 import os.path as osp
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,11 @@ from mmasl.paper import load
 from mmasl.paper.experiments import (
     ALPHAS,
     CONVERGENCE,
+    IMBALANCE,
     KINDS,
     MARGINS,
     MISSING_LABELS,
+    OWN,
     Loss,
     Training,
     digits_of,
@@ -42,8 +44,7 @@ def loss_of(training: Training) -> Loss:
 def test_all_tables_and_figures_are_there():
     named = {entry.item for entry in load()}
     assert set(items('real')) == named
-    assert {f'Fig. {n}' for n in range(4, 10)} | {'Table 2', 'Table 3', 'Table 13', MISSING_LABELS, CONVERGENCE} <= set(
-        items('digits'))
+    assert {f'Fig. {n}' for n in range(4, 10)} | {'Table 2', 'Table 3', 'Table 13', *OWN} <= set(items('digits'))
 
 
 @pytest.mark.parametrize('data, item', ALL, ids=str)
@@ -121,13 +122,19 @@ def test_shared_trainings_are_one():
     assert len(set(names)) == len(trainings)
 
 
-def test_missing_labels_change_the_data_alone():
-    for row in rows(MISSING_LABELS, 'digits'):
+@pytest.mark.parametrize('item, setting, values', [
+    (MISSING_LABELS, 'missing', (0., 0.15, 0.3, 0.45, 0.6)), (IMBALANCE, 'labels_per_image', (1.25, 2.5, 5.))])
+def test_points_of_a_figure_differ_in_the_data_alone(item, setting, values):
+    found = rows(item, 'digits')
+    assert [(row.series, row.x) for row in found] == [(name, x) for name in ('CE', 'focal', 'ASL') for x in values]
+    usual = digits_of('data/digits_hard')
+    for row in found:
         cfg = Config.fromfile(row.trainings[0].path)
         cfg.merge_from_dict(dict(row.trainings[0].options))
         roots = {cfg[f'{split}_dataloader'].dataset.data_root for split in ('train', 'val', 'test')}
-        assert len(roots) == 1 and digits_of(roots.pop()).missing == row.x
+        assert len(roots) == 1 and digits_of(roots.pop()) == replace(usual, **{setting: row.x})
         assert all('data_root' in key for key, _ in row.trainings[0].options)
+    assert not rows(item, 'real')
 
 
 def test_convergence_changes_the_epochs_alone():

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import t
 
 from mmasl.paper import FOOTNOTES, load
-from mmasl.paper.experiments import CONVERGENCE, MISSING_LABELS, items, rows
+from mmasl.paper.experiments import MISSING_LABELS, OWN, items, rows
 from mmasl.paper.render import Results, best, draw, interval, render
 from mmasl.runs import Run, write_rows
 
@@ -102,7 +102,7 @@ def test_table_1_agrees_with_the_gradients(tmp_path):
     assert all(row[1::2] == row[2::2] for row in cells)
 
 
-@pytest.mark.parametrize('item', ['Fig. 5', 'Fig. 7', 'Fig. 8', MISSING_LABELS, CONVERGENCE])
+@pytest.mark.parametrize('item', ['Fig. 5', 'Fig. 7', 'Fig. 8', *OWN])
 def test_pictures(item, tmp_path):
     paths = [tmp_path / 'a' / 'one.svg', tmp_path / 'one.png']
     assert draw(item, write(tmp_path, item), paths)
@@ -203,6 +203,7 @@ def test_list(capsys):
     (['--table', '6'], 'Table 6 has no rows on --data digits'),
     (['--missing-labels', '--data', 'real'], 'Missing labels has no rows on --data real'),
     (['--convergence', '--data', 'real'], 'Convergence has no rows on --data real'),
+    (['--imbalance', '--missing-labels', '--data', 'real'], 'Imbalance has no rows on --data real'),
     (['--table', '2', '--seeds', '0'], '--seeds 0: at least one')], ids=lambda value: ' '.join(value)[:30])
 def test_bad_flags(flags, message, capsys):
     with pytest.raises(SystemExit):

@@ -18,7 +18,7 @@ from mmengine.config import Config
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from mmasl.cli import check_data
 from mmasl.datasets.digits import DigitScenes
-from mmasl.paper.experiments import CONVERGENCE, MISSING_LABELS, Row, Training, digits_of, items, rows
+from mmasl.paper.experiments import OWN, Row, Training, digits_of, items, rows
 from mmasl.paper.render import CURVES, Results, draw, render
 from mmasl.runs import Run, fill_blocks, train, write_rows
 
@@ -34,9 +34,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument('--list', action='store_true', help='show every row: its config, number, command and state')
     what.add_argument('--table', type=int, nargs='+', default=[], metavar='N', help='1 to 13')
     what.add_argument('--figure', type=int, nargs='+', default=[], metavar='N', help='2 to 9')
-    what.add_argument('--missing-labels', action='store_true',
-                      help='mAP against the share of missing training labels (digits only)')
-    what.add_argument('--convergence', action='store_true', help='mAP against the number of epochs (digits only)')
+    for item, axis in zip(OWN, ('share of missing training labels', 'labels per image', 'epochs'), strict=True):
+        what.add_argument(flag(item), action='append_const', const=item, dest='own', default=[],
+                          help=f'mAP against the {axis} (digits only)')
     what.add_argument('--all', action='store_true', help='all that the data have')
     what.add_argument('--render', action='store_true',
                       help='train nothing; make tables and pictures anew, of finished trainings too')
@@ -52,17 +52,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     data = args.data or 'digits'
     chosen = [f'Table {n}' for n in args.table] + [f'Fig. {n}' for n in args.figure]
-    chosen += [MISSING_LABELS] * args.missing_labels + [CONVERGENCE] * args.convergence
+    chosen += args.own
     known = items(data)
     for item in chosen:
         if item not in known:
             parser.error(f'{item} has no rows on --data {data}; there are: {", ".join(known)}')
     if not (chosen or args.list or args.all or args.render):
-        parser.error('nothing to do: give --list, --all, --table N, --figure N, --missing-labels or --convergence')
+        parser.error('nothing to do: give '
+                     f'--list, --all, --table N, --figure N, {", ".join(map(flag, OWN))} or --render')
     if args.seeds is not None and args.seeds < 1:
         parser.error(f'--seeds {args.seeds}: at least one')
     args.items = chosen or (known if args.all or args.render else [])
     return args
+
+
+def flag(item: str) -> str:
+    return f'--{item.lower().replace(" ", "-")}'
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,10 +16,12 @@ MARGINS = (0., 0.05, 0.1, 0.2, 0.3, 0.4)
 ALPHAS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # Sec. 3: 0.5 to 0.95, with skips of 0.05
 TARGETS = (0., 0.1, 0.2, 0.3)
 MISSING = (0., 0.15, 0.3, 0.45, 0.6)
+LABELS = (1.25, 2.5, 5.)
 EPOCHS = (4, 8, 16)
 
-# Comparisons of our own: what Sec. 2.5 argues and shows nowhere, and whether the digits' trainings are long enough.
-MISSING_LABELS, CONVERGENCE = 'Missing labels', 'Convergence'
+# Comparisons of our own, on the digits alone: what Sec. 1 and 2.5 argue and show nowhere, and whether the trainings are
+# long enough.
+MISSING_LABELS, IMBALANCE, CONVERGENCE = OWN = ('Missing labels', 'Imbalance', 'Convergence')
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def rows(item: str, data: str) -> list[Row]:
 
 def items(data: str) -> list[str]:
     """All tables and figures for which there are rows."""
-    names = [*dict.fromkeys(entry.item for entry in load()), MISSING_LABELS, CONVERGENCE]
+    names = [*dict.fromkeys(entry.item for entry in load()), *OWN]
     return [name for name in names if rows(name, data)]
 
 
@@ -137,11 +139,17 @@ def digits_of(root: str) -> DigitScenes | None:
     """What ``tools/reproduce.py`` writes to a data root of the digits' configs; None for another root."""
     scenes = {'data/glyphs': DigitScenes(size=32, single=True, labels_per_image=1), 'data/digits': DigitScenes()}
     scenes |= {_missing_root(share): DigitScenes(train=6000, long_tail=0.7, missing=share) for share in MISSING}
+    scenes |= {_labels_root(mean): DigitScenes(train=6000, long_tail=0.7, missing=0.3, labels_per_image=mean)
+               for mean in LABELS}
     return scenes.get(root.rstrip('/'))
 
 
 def _missing_root(share: float) -> str:
     return 'data/digits_hard' if share == 0.3 else f'data/digits_hard_missing{share:g}'
+
+
+def _labels_root(mean: float) -> str:
+    return 'data/digits_hard' if mean == 2.5 else f'data/digits_hard_labels{mean:g}'
 
 
 def _text(value: object) -> str:
@@ -244,24 +252,32 @@ def _table13(data: str, entries: list[Entry]) -> Iterator[Row]:
 
 
 def _missing(data: str, entries: list[Entry]) -> Iterator[Row]:
-    if data == 'real':
-        return
-    for name, loss in LOSSES.items():
-        for share in MISSING:
-            options = {} if share == 0.3 else {
-                f'{split}_dataloader.dataset.data_root': _missing_root(share) for split in ('train', 'val', 'test')}
-            yield Row(MISSING_LABELS, f'{name}, {share:.0%} missing',
-                      (_training('resnet_{}_digits_paper', loss.kind, loss, options), ), (), name, share)
+    yield from _own(MISSING_LABELS, data, {
+        share: (f'{share:.0%} missing', _data(_missing_root(share))) for share in MISSING})
+
+
+def _imbalance(data: str, entries: list[Entry]) -> Iterator[Row]:
+    yield from _own(IMBALANCE, data, {
+        mean: (f'{mean:g} labels an image', _data(_labels_root(mean))) for mean in LABELS})
 
 
 def _convergence(data: str, entries: list[Entry]) -> Iterator[Row]:
-    if data == 'real':
-        return
-    for name, loss in LOSSES.items():
-        for epochs in EPOCHS:
-            options: dict[str, object] = {} if epochs == 8 else {'train_cfg.max_epochs': epochs}
-            yield Row(CONVERGENCE, f'{name}, {epochs} epochs',
-                      (_training('resnet_{}_digits_paper', loss.kind, loss, options), ), (), name, epochs)
+    yield from _own(CONVERGENCE, data, {
+        epochs: (f'{epochs} epochs', {} if epochs == 8 else {'train_cfg.max_epochs': epochs}) for epochs in EPOCHS})
+
+
+def _own(item: str, data: str, points: Mapping[float, tuple[str, Mapping[str, object]]]) -> Iterator[Row]:
+    """The three losses at every point of a figure, which is a label and options."""
+    for name, loss in LOSSES.items() if data == 'digits' else ():
+        for x, (label, options) in points.items():
+            training = _training('resnet_{}_digits_paper', loss.kind, loss, options)
+            yield Row(item, f'{name}, {label}', (training, ), (), name, x)
+
+
+def _data(root: str) -> dict[str, object]:
+    """The options for other digits than the configs'."""
+    return {} if root == 'data/digits_hard' else {
+        f'{split}_dataloader.dataset.data_root': root for split in ('train', 'val', 'test')}
 
 
 def _drawn(item: str, entries: list[Entry]) -> Iterator[Row]:
@@ -296,4 +312,4 @@ def _config(entry: Entry) -> str:
 
 _COMPARISONS = {'Fig. 4': _fig4, 'Fig. 5': _fig5, 'Fig. 6': _fig6, 'Fig. 7': _fig7, 'Fig. 8': _fig8, 'Fig. 9': _fig9,
                 'Table 2': _table2, 'Table 3': _table3, 'Table 13': _table13,
-                MISSING_LABELS: _missing, CONVERGENCE: _convergence}
+                MISSING_LABELS: _missing, IMBALANCE: _imbalance, CONVERGENCE: _convergence}
