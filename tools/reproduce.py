@@ -41,7 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument('--render', action='store_true',
                       help='train nothing; make tables and pictures anew, of finished trainings too')
     parser.add_argument('--data', choices=['digits', 'real'], help="default: 'digits'; both for --list")
-    parser.add_argument('--seeds', type=int, help='trainings of each row (default: 5 on digits, 1 on real data)')
+    parser.add_argument('--seeds', type=int, help='trainings of each row (default: 3 on digits, 1 on real data)')
     parser.add_argument('--gpus', type=int, default=max(1, torch.cuda.device_count()), help='of one training')
     parser.add_argument('--jobs', type=int,
                         help='trainings side by side (default: one per core without a GPU, else one)')
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = args.jobs or (1 if torch.cuda.is_available() else None)
     if trainings and not args.render:
         prepare(trainings, jobs, args.gpus)
-    for seed in range(args.seeds or (5 if data == 'digits' else 1)):
+    for seed in range(args.seeds or (3 if data == 'digits' else 1)):
         runs = {one: run_of(one, data, seed, args.work_dir) for one in trainings if seed not in results.seeds(one)}
         try:
             if runs and not args.render:
