@@ -16,6 +16,7 @@ from mmasl.paper.experiments import (
     MARGINS,
     MISSING_LABELS,
     OWN,
+    PRETRAINING,
     Loss,
     Training,
     digits_of,
@@ -145,6 +146,21 @@ def test_convergence_changes_the_epochs_alone():
         cfg.merge_from_dict(dict(row.trainings[0].options))
         assert cfg.train_cfg.max_epochs == row.x and 'total_steps' not in cfg.param_scheduler  # one cycle over all
         assert all(key == 'train_cfg.max_epochs' for key, _ in row.trainings[0].options)
+
+
+def test_pretraining_changes_the_start_alone():
+    found = rows(PRETRAINING, 'digits')
+    assert [(row.series, row.x) for row in found] == [(name, x) for name in ('CE', 'focal', 'ASL') for x in (0, 6, 24)]
+    for row in found:
+        cfg = Config.fromfile(row.trainings[0].path)
+        cfg.merge_from_dict(dict(row.trainings[0].options))
+        assert all(key.startswith('model.backbone.init_cfg') for key, _ in row.trainings[0].options)
+        if row.x == 0:
+            assert cfg.model.backbone.init_cfg is None
+            continue
+        checkpoint = Path(cfg.model.backbone.init_cfg.checkpoint)
+        glyphs = Config.fromfile(f'configs/{checkpoint.parent.name}.py')
+        assert checkpoint.name == f'epoch_{row.x}.pth' and glyphs.train_cfg.max_epochs == row.x
 
 
 def test_the_digits_roots_are_those_of_their_makers():

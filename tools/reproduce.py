@@ -34,7 +34,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument('--list', action='store_true', help='show every row: its config, number, command and state')
     what.add_argument('--table', type=int, nargs='+', default=[], metavar='N', help='1 to 13')
     what.add_argument('--figure', type=int, nargs='+', default=[], metavar='N', help='2 to 9')
-    for item, axis in zip(OWN, ('share of missing training labels', 'labels per image', 'epochs'), strict=True):
+    axes = ('share of missing training labels', 'labels per image', 'epochs', 'epochs of the pre-training')
+    for item, axis in zip(OWN, axes, strict=True):
         what.add_argument(flag(item), action='append_const', const=item, dest='own', default=[],
                           help=f'mAP against the {axis} (digits only)')
     what.add_argument('--all', action='store_true', help='all that the data have')

@@ -18,10 +18,12 @@ TARGETS = (0., 0.1, 0.2, 0.3)
 MISSING = (0., 0.15, 0.3, 0.45, 0.6)
 LABELS = (1.25, 2.5, 5.)
 EPOCHS = (4, 8, 16)
+GLYPH_EPOCHS = (0, 6, 24)
 
 # Comparisons of our own, on the digits alone: what Sec. 1 and 2.5 argue and show nowhere, and whether the trainings are
-# long enough.
-MISSING_LABELS, IMBALANCE, CONVERGENCE = OWN = ('Missing labels', 'Imbalance', 'Convergence')
+# long enough, and what they start from good enough.
+MISSING_LABELS, IMBALANCE, CONVERGENCE, PRETRAINING = OWN = (
+    'Missing labels', 'Imbalance', 'Convergence', 'Pre-training')
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,14 @@ def _convergence(data: str, entries: list[Entry]) -> Iterator[Row]:
         epochs: (f'{epochs} epochs', {} if epochs == 8 else {'train_cfg.max_epochs': epochs}) for epochs in EPOCHS})
 
 
+def _pretraining(data: str, entries: list[Entry]) -> Iterator[Row]:
+    key, glyphs = 'model.backbone.init_cfg', 'work_dirs/resnet_ce_glyphs/epoch_6.pth'
+    options: dict[int, dict[str, object]] = {0: {key: None}, 6: {f'{key}.checkpoint': glyphs}, 24: {}}
+    yield from _own(PRETRAINING, data, {
+        epochs: (f'{epochs} epochs of glyphs' if epochs else 'no pre-training', options[epochs])
+        for epochs in GLYPH_EPOCHS})
+
+
 def _own(item: str, data: str, points: Mapping[float, tuple[str, Mapping[str, object]]]) -> Iterator[Row]:
     """The three losses at every point of a figure, which is a label and options."""
     for name, loss in LOSSES.items() if data == 'digits' else ():
@@ -312,4 +322,5 @@ def _config(entry: Entry) -> str:
 
 _COMPARISONS = {'Fig. 4': _fig4, 'Fig. 5': _fig5, 'Fig. 6': _fig6, 'Fig. 7': _fig7, 'Fig. 8': _fig8, 'Fig. 9': _fig9,
                 'Table 2': _table2, 'Table 3': _table3, 'Table 13': _table13,
-                MISSING_LABELS: _missing, IMBALANCE: _imbalance, CONVERGENCE: _convergence}
+                MISSING_LABELS: _missing, IMBALANCE: _imbalance, CONVERGENCE: _convergence,
+                PRETRAINING: _pretraining}

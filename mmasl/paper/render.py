@@ -8,7 +8,7 @@ import numpy as np
 
 from ..analysis import Setting, analyse
 from ..runs import read_rows
-from .experiments import COLUMNS, CONVERGENCE, IMBALANCE, MISSING_LABELS, Row, Training, rows
+from .experiments import COLUMNS, CONVERGENCE, IMBALANCE, MISSING_LABELS, PRETRAINING, Row, Training, rows
 from .numbers import FOOTNOTES, Entry
 
 # What is shown of the digits' trainings; the first decides which of several is the best, and is drawn.
@@ -184,7 +184,7 @@ def draw(item: str, results: Results, paths: Sequence[Path]) -> bool:
 
 XLABELS = {'Fig. 5': r'focal loss $\gamma$', 'Fig. 6': r'$\gamma_+$', 'Fig. 7': 'margin m',
            'Table 3': r'$\Delta p_{target}$', MISSING_LABELS: 'share of the training labels missing',
-           IMBALANCE: 'labels per image, of 40', CONVERGENCE: 'epochs'}
+           IMBALANCE: 'labels per image, of 40', CONVERGENCE: 'epochs', PRETRAINING: 'epochs of the pre-training'}
 YLABELS = {'p_t_pos': r'$p_t^+$', 'p_t_neg': r'$p_t^-$', 'gap': r'$\Delta p$', 'gamma_neg': r'$\gamma_-$'}
 
 
