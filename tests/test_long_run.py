@@ -1,6 +1,7 @@
 """tools/long_run.py: what it counts and how it judges; and, slow, the long run itself."""
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from mmasl.runs import read_rows
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location('long_run', ROOT / 'tools' / 'long_run.py')
@@ -70,6 +73,14 @@ WARMING = np.minimum(400 + 50. * np.arange(61), 1000)
 def test_accepts_memory_that_does_not_grow(curve):
     assert long_run.growth(rows(curve), 0.25, 'allocated') <= 0
     assert 'No process is left; allocated' in long_run.verdict(rows(curve), 0.25)
+
+
+def test_the_readme_tells_what_was_measured():
+    measured = read_rows(ROOT / 'benchmarks' / 'long_run.csv')
+    promised = re.search(r"An hour's training holds its memory within ([\d.]+) %", (ROOT / 'README.md').read_text())
+    assert float(measured[-2]['minute']) > 59 and int(measured[-1]['processes']) == 0
+    for figure in ('allocated', 'rss'):
+        assert abs(long_run.growth(measured, 0.25, figure)) <= float(promised[1])
 
 
 def test_finds_a_leak():
