@@ -114,8 +114,8 @@ class Run:
         return [rows[step] for step in sorted(rows)]
 
     def checkpoint(self) -> str:
-        """The last checkpoint."""
-        return (self._folder / 'last_checkpoint').read_text().strip()
+        """The last checkpoint, in the work dir, which may have been moved since."""
+        return str(self._folder / Path((self._folder / 'last_checkpoint').read_text().strip()).name)
 
     def _settings(self) -> str:
         cfg = Config.fromfile(self.config)

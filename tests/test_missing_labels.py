@@ -38,7 +38,7 @@ def run(tmp_path, monkeypatch):
     run = Run(CONFIG, 'work', {'model.backbone.init_cfg': None})
     Path('work').mkdir()
     torch.save(dict(state_dict=model.state_dict(), meta=dict()), 'work/epoch_8.pth')
-    Path('work/last_checkpoint').write_text('work/epoch_8.pth')
+    Path('work/last_checkpoint').write_text('/moved/since/work/epoch_8.pth')
     return run
 
 
