@@ -332,7 +332,7 @@ def test_input_size_is_that_of_the_name(name):
 
 
 @pytest.mark.parametrize('name', [name for name in PATHS if re.fullmatch(
-    r'(resnet|fcos)_[a-z]+_digits|(resnet|mobilenet-v3)_(bce|focal|asl)_digits_paper', name)])
+    r'(resnet|fcos)_[a-z]+_digits|(resnet|tresnet|mobilenet-v3)_(bce|focal|asl)_digits_paper', name)])
 def test_digits_learning_rate_is_the_best_of_its_search(name):
     folder = 'paper' if name.endswith('_paper') else ''
     with (ROOT / 'benchmarks' / folder / 'digits_lr.csv').open() as file:
