@@ -16,7 +16,7 @@ from reproduce import run_of
 from mmasl.cli import progress
 from mmasl.datasets.coco import CocoMultiLabel
 from mmasl.inferencer import MultiLabelInferencer
-from mmasl.paper.experiments import MISSING_LABELS, rows
+from mmasl.paper.experiments import MISSING_LABELS, digits_of, rows
 from mmasl.paper.render import Results, best
 from mmasl.runs import Run, read_rows, write_rows
 
@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = {(row['config'], row['options'], row['seed']): row for row in read_rows(path)}
     runs = {(one.config, one.overrides, str(seed)): run_of(one, 'digits', seed, args.work_dir)
             for one in trainings for seed in results.seeds(one)}
-    for key in progress([key for key, run in runs.items() if key not in table and run.finished], 'trainings'):
+    wanted = [key for key, run in runs.items() if key not in table and run.finished]
+    if wanted and (scenes := digits_of(COMPLETE)):
+        scenes.write(COMPLETE)
+    for key in progress(wanted, 'trainings'):
         table[key] = dict(zip(('config', 'options', 'seed'), key, strict=True)) | measure(runs[key])
         write_rows(path, [table[one] for one in sorted(table)])
     if not table:
