@@ -61,3 +61,8 @@ def test_rows_without_a_column_of_overrides_are_kept(search, tmp_path):
     rows, _ = search('--lr', '0.02')
     assert [(row['lr'], row['mAP'], row['options']) for row in rows] == [('0.01', '80', ''), ('0.02', '20', '')]
     assert rows[0]['commit'] == 'abc' and rows[1]['commit'] != 'abc'
+
+
+def test_a_config_that_is_not_there(search):
+    with pytest.raises(SystemExit, match='configs/nowhere.py'):
+        search_lr.main(['configs/nowhere.py', '--lr', '0.01'])

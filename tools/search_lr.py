@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
+from mmasl.cli import require_file
 from mmasl.paper.experiments import Training
 from mmasl.runs import Run, read_rows, train, write_rows
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     runs = {}
     for config in args.configs:
+        require_file(config, 'config')
         training = Training(Path(config).stem, tuple(args.cfg_options.items()))
         for lr in args.lr:
             runs[training.config, training.overrides, lr] = Run(
