@@ -265,13 +265,14 @@ def match_rows(weight: Tensor,
         weight: (S, ...), one row for each of the ``source`` classes.
         source, target: Names of the classes of the checkpoint, S, and of the model, T.
         initial: (T, ...), whose rows stay where the checkpoint has no class of that name.
-        aliases: The checkpoint's names of ``target`` classes that are called otherwise there.
+        aliases: Other names that ``target`` classes may have in the checkpoint; one that it has comes first.
 
     Returns:
         (T, ...), and the target classes that kept their initial row.
     """
     row_of = {name: row for row, name in enumerate(source)}
-    rows = [row_of.get((aliases or {}).get(name, name)) for name in target]
+    aliases = aliases or {}
+    rows = [row_of.get(aliases.get(name, name), row_of.get(name)) for name in target]
     found = [i for i, row in enumerate(rows) if row is not None]
     matched = initial.detach().to(weight, copy=True)
     matched[found] = weight[[rows[i] for i in found]]
@@ -289,7 +290,7 @@ class AdaptCheckpointHook(Hook):
     Resuming is left alone.
 
     Args:
-        aliases: The checkpoint's names of classes that the data set calls otherwise, as in
+        aliases: Names that classes of the data set may have in a checkpoint instead of their own, as in
             ``dict(aeroplane='airplane')`` for VOC from COCO.
         head: Name of the last linear layer.
 
@@ -316,7 +317,7 @@ class AdaptCheckpointHook(Hook):
         if unknown := self.aliases.keys() - set(target):
             raise KeyError(f'aliases of AdaptCheckpointHook has {sorted(unknown)}, which are none of the classes of '
                            f'the data set: {list(target)}')
-        if tuple(self.aliases.get(name, name) for name in target) == tuple(source):
+        if tuple(source) == tuple(target):
             return
         self._match_head(runner, checkpoint, source, target)
 

@@ -177,6 +177,9 @@ def test_rows_by_name():
                                dict(tvmonitor='tv'))
     assert rows.tolist() == [[4, 5], [-1, -1], [2, 3], [0, 1]] and missing == ['dog']
     assert not rows.requires_grad and (initial == -1).all()
+    rows, missing = match_rows(weight, ('car', 'tvmonitor', 'cat'), ('tvmonitor', 'car'), initial[:2],
+                               dict(tvmonitor='tv'))
+    assert rows.tolist() == [[2, 3], [0, 1]] and missing == []
     rows, missing = match_rows(weight[:, 0], ('car', 'tv', 'cat'), ('cat', 'dog'), torch.tensor([7., 8.]))
     assert rows.tolist() == [4, 8] and missing == ['dog']
 
@@ -186,14 +189,18 @@ def coco_classes() -> tuple[str, ...]:
     return CocoDataset.METAINFO['classes']
 
 
+def adapting_hook(config: str) -> ConfigDict:
+    return next(hook for hook in Config.fromfile(ROOT / f'configs/{config}.py').custom_hooks
+                if hook.type == 'mmasl.AdaptCheckpointHook')
+
+
 @pytest.mark.parametrize('config', ['tresnet-l_paper_asl_voc-from-coco', 'tresnet-l_paper_bce_voc-from-coco',
                                     'tresnet-l_paper_focal_voc-from-coco', 'resnet101_asl_voc-from-coco'])
 def test_vocs_20_classes_are_among_cocos_80(config):
     from mmpretrain.datasets import VOC
     classes, source = VOC.METAINFO['classes'], coco_classes()
-    hook = next(hook for hook in Config.fromfile(ROOT / f'configs/{config}.py').custom_hooks
-                if hook.type == 'mmasl.AdaptCheckpointHook')
-    rows, missing = match_rows(torch.arange(80), source, classes, torch.full((20, ), -1), hook.aliases)
+    aliases = adapting_hook(config).aliases
+    rows, missing = match_rows(torch.arange(80), source, classes, torch.full((20, ), -1), aliases)
     assert missing == []
     pairs = {name: source[row] for name, row in zip(classes, rows.tolist())}
     assert {name: other for name, other in pairs.items() if name != other} == dict(
@@ -229,6 +236,17 @@ def test_hook_matches_the_head(monkeypatch):
     assert state['head.fc.bias'][[0, 2]].tolist() == [3, 1]
     assert before['head.fc.weight'][[0, 2]].tolist() == [[6, 7], [2, 3]]
     assert logged == ['1 of 3 classes are not in the checkpoint and start anew: x']
+
+
+@pytest.mark.parametrize('start', [0, 1], ids=['same', 'other order'])
+def test_a_checkpoint_trained_with_aliases_keeps_all_its_rows(start):
+    """It has the data set's own names, and none of the file that its training started from."""
+    from mmpretrain.datasets import VOC
+    classes = VOC.METAINFO['classes']
+    aliases = adapting_hook('tresnet-l_paper_asl_voc-from-coco').aliases
+    trained = classes[start:] + classes[:start]
+    state = adapt(mmengine_file(trained), Linear(20), classes, aliases=aliases)['state_dict']
+    assert state['head.fc.bias'].tolist() == [trained.index(name) for name in classes]
 
 
 def test_hook_sorts_the_same_classes_in_another_order():
