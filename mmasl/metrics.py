@@ -1,4 +1,5 @@
-"""Metrics of multi-label classification, with every convention named.
+"""Metrics of multi-label classification, with every convention named, and :class:`MacroF1` for thousands of classes of
+which a sample has one.
 
 Pure functions on NumPy arrays do the arithmetic, :class:`MultiLabelReport` collects what they need. ``scores`` are
 float (N, C), ``labels`` int8 (N, C): 1 positive, 0 negative, -1 ignored.
@@ -723,3 +724,73 @@ class MultiLabelReport(BaseMetric):
         row, index = np.argwhere(bad)[0]
         label = f'class {index}' + (f' ({self._classes[index]})' if self._classes else '')
         raise ValueError(f'{self._name(samples, row)}, {label}: {message.format(values[row, index])}')
+
+
+@METRICS.register_module()
+class MacroF1(BaseMetric):
+    """Macro F1 and accuracy where a sample has one class of many: two numbers a sample are kept, and no scores.
+
+    It reads the samples that mmpretrain's single-label heads return, ``gt_label``, one class, and ``pred_label``, one
+    class, or else ``pred_score``, (C,), whose largest counts. It returns ``f1-score``, the mean of the classes' F1, and
+    ``top1``, the accuracy, both in percent.
+
+    The mean is over the classes that a sample has or that are predicted for one, as in scikit-learn's ``f1_score``.
+    ``SingleLabelMetric`` of mmpretrain, whose name ``f1-score`` is, takes it over all C classes, where one without
+    either counts 0. It keeps the scores, (N, C), and makes integers of them; torchmetrics counts in a table (C, C).
+
+    Args:
+        collect_device, prefix, collect_dir: See :class:`mmengine.evaluator.BaseMetric`.
+
+    Raises:
+        ValueError: If a sample lacks its label or a prediction, or has several labels; if a score is NaN; if there are
+            no samples.
+
+    Example:
+        >>> metric = MacroF1()
+        >>> metric.process(None, [dict(gt_label=torch.tensor([true]), pred_label=torch.tensor([predicted]))
+        ...                       for true, predicted in ((0, 0), (0, 0), (7, 7), (7, 9))])
+        >>> {name: round(value, 2) for name, value in metric.evaluate(size=4).items()}
+        {'single-label/f1-score': 55.56, 'single-label/top1': 75.0}
+    """
+    default_prefix = 'single-label'
+
+    def process(self, data_batch: object, data_samples: Sequence[dict]) -> None:
+        """Keep (true, predicted) of each sample."""
+        self.results.extend([(self._read(sample, index, 'gt_label'), self._predicted(sample, index))
+                             for index, sample in enumerate(data_samples, len(self.results))])
+
+    def compute_metrics(self, results: list[tuple[int, int]]) -> dict[str, float]:
+        """The metrics by name, from the samples of all processes."""
+        if not results:
+            raise ValueError('MacroF1 got no samples: is the evaluated data set or its loader empty?')
+        true, predicted = np.array(results).T
+        hits, positives, predictions = (np.bincount(classes, minlength=np.max(results) + 1)
+                                        for classes in (true[true == predicted], true, predicted))
+        seen = positives + predictions
+        return {'f1-score': float(100 * (2 * hits[seen > 0] / seen[seen > 0]).mean()),
+                'top1': float(100 * hits.sum() / len(results))}
+
+    def _predicted(self, sample: dict, index: int) -> int:
+        scores = sample.get('pred_score')
+        if scores is None:
+            return self._read(sample, index, 'pred_label')
+        scores = torch.as_tensor(scores)
+        if scores.isnan().any():
+            raise ValueError(f'{self._name(sample, index)}: pred_score is nan: the model diverged (lower the learning '
+                             'rate) or overflowed (evaluate in float32)')
+        return self._read(sample, index, 'pred_label') if 'pred_label' in sample else int(scores.argmax())
+
+    def _read(self, sample: dict, index: int, key: str) -> int:
+        """The one class of a field."""
+        if key not in sample:
+            raise ValueError(f'{self._name(sample, index)} has no {key}: evaluate a single-label head, such as '
+                             'LinearClsHead, on an annotated set')
+        value = torch.as_tensor(sample[key]).reshape(-1)
+        if len(value) != 1:
+            raise ValueError(f'{self._name(sample, index)}: {key} {value.tolist()} is not one class: of samples with '
+                             'several, take mmasl.MultiLabelReport')
+        return int(value)
+
+    @staticmethod
+    def _name(sample: dict, index: int) -> str:
+        return f'sample {sample.get("img_path", index)}'

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
@@ -89,6 +90,11 @@ def test_from_a_config(root):
         dataset = DATASETS.build(dict(type='mmasl.Herbarium2020', ann_file='metadata.json', data_root=str(root),
                                       split='val', pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')]))
     assert sorted(sample['data_samples'].gt_label.item() for sample in dataset) == [0, 2]
+
+
+def test_the_evaluation_of_the_configs_keeps_no_scores():
+    cfg = Config.fromfile(Path(__file__).parents[1] / 'configs/_base_/datasets/herbarium2020.py')
+    assert cfg.val_evaluator == cfg.test_evaluator == dict(type='mmasl.MacroF1')
 
 
 # ----------------------------------------------------------------------------------------------------------- errors

@@ -9,6 +9,6 @@ val_dataloader = dict(
     dataset=dict(type='mmasl.Herbarium2020', data_root='data/nybg2020/train/', ann_file='metadata.json', split='val'))
 test_dataloader = val_dataloader
 
-# macro F1
-val_evaluator = dict(_delete_=True, type='SingleLabelMetric', items=('f1-score', ))
+# SingleLabelMetric would keep the scores of 32,094 classes for each image.
+val_evaluator = dict(_delete_=True, type='mmasl.MacroF1')
 test_evaluator = val_evaluator
