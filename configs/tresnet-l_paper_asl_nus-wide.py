@@ -3,7 +3,5 @@ _base_ = './tresnet-l_paper_bce_nus-wide.py'
 
 model = dict(head=dict(loss=dict(gamma_neg=4.0, clip=0.05)))
 
-released = dict(
-    checkpoint='https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/'
-    'NUS_WIDE_TRresNet_L_448_65.2.pth',
-    mAP=65.2)
+# The released file belongs to tresnet-l_paper_asl_nus-wide-240.py. At the 448 px here it has 64.0, which a user measured
+# and not the authors (issue 44 of the official repository).

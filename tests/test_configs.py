@@ -49,7 +49,7 @@ RELEASED = {
     'tresnet-xl_official_asl_coco-640': ('MS_COCO_TResNet_xl_640_88.4.pth', 88.4),
     'tresnet-m-21k_official_asl_coco-224': ('MS_COCO_TRresNet_M_224_81.8.pth', 81.8),
     'tresnet-xl_official_asl_voc': ('PASCAL_VOC_TResNet_xl_448_96.0.pth', 96.0),
-    'tresnet-l_paper_asl_nus-wide': ('NUS_WIDE_TRresNet_L_448_65.2.pth', 65.2),
+    'tresnet-l_paper_asl_nus-wide-240': ('NUS_WIDE_TRresNet_L_448_65.2.pth', 65.2),
     'tresnet-l_paper_asl_open-images-448': ('Open_ImagesV6_TRresNet_L_448.pth', 86.3)}
 
 
@@ -322,7 +322,9 @@ def test_released_files():
     found = {name: cfg.released for name, cfg in zip(PATHS, map(load, PATHS)) if cfg.get('released')}
     assert {name: (file.checkpoint.removeprefix(ZOO), file.mAP) for name, file in found.items()} == RELEASED
     for name, (file, _) in RELEASED.items():
-        assert load(name).train_dataloader.dataset.pipeline[1].scale == int(re.search(r'_(\d{3})', file)[1])
+        # The name of NUS-WIDE's says 448, where a user measured 64.0; the authors have 65.2 at 240 (their issue 44).
+        size = 240 if 'NUS_WIDE' in file else int(re.search(r'_(\d{3})', file)[1])
+        assert load(name).test_dataloader.dataset.pipeline[1].scale == size
 
 
 @pytest.mark.parametrize('name', [name for name in PATHS if re.search(r'-\d{3}$', name)])
