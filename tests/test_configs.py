@@ -178,8 +178,7 @@ def write_open_images(root: str) -> None:
     header = 'ImageID,Source,LabelName,Confidence\n'
     files = {
         'oidv6-classes-trainable.txt': '\n'.join(classes),
-        'oidv6-class-descriptions.csv': '\n'.join(['LabelName,DisplayName', *(f'{x},Class {x}' for x in classes)]),
-        'train-annotations-machine-imagelabels.csv': f'{header}{ids[3]},machine,/m/00007,0.8\n'}
+        'oidv6-class-descriptions.csv': '\n'.join(['LabelName,DisplayName', *(f'{x},Class {x}' for x in classes)])}
     # Each class has positives and negatives, as the evaluation wants.
     human = header + ''.join(f'{i},verification,/m/0000{n},{(n + k) % 2}\n' for k, i in enumerate(ids)
                              for n in range(4))

@@ -222,6 +222,18 @@ def test_treatments_of_the_configs(name, options, weight, gamma):
     assert metric.ignore_index == -1 and metric.conventions.no_negative == 'skip' and metric.score_dtype == 'float32'
 
 
+@pytest.mark.parametrize('size', [224, 448])
+@pytest.mark.parametrize('name', ['bce', 'focal', 'asl'])
+def test_the_configs_train_on_human_labels(name, size):
+    """As the authors did for the paper; docs/recipes.md has the option for the others."""
+    cfg = Config.fromfile(CONFIGS / f'tresnet-l_paper_{name}_open-images-{size}.py')
+    for split in ('train', 'val', 'test'):
+        assert not cfg[f'{split}_dataloader'].dataset.get('machine_file')
+    option = '--cfg-options train_dataloader.dataset.machine_file=train-annotations-machine-imagelabels.csv'
+    assert option in (CONFIGS.parent / 'docs/recipes.md').read_text()
+    assert 'human labels only' in (CONFIGS.parent / 'docs/scale.md').read_text()
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 @pytest.mark.parametrize('kwargs', [dict(ann_file='other.csv'), dict(class_file='other.csv'),
