@@ -5,6 +5,7 @@ import logging
 import os
 import os.path as osp
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -230,7 +231,7 @@ def convert_official(checkpoint: dict) -> dict:
 
     The backbone's keys become timm's, and InPlaceABN's weights batch norm's, which timm's own filter does. The two
     linear layers of the Open Images head, with nothing between them, become the one that they amount to. The names of
-    the classes go where MMEngine keeps them.
+    the classes go where MMEngine keeps them, without quotes around them.
 
     Args:
         checkpoint: What ``torch.load`` gives: a dict with ``model`` and ``idx_to_class``, or bare weights.
@@ -250,8 +251,9 @@ def convert_official(checkpoint: dict) -> dict:
     if unknown := set(state) - {'head.fc.weight', 'head.fc.bias'}:
         raise KeyError(f'no TResNet of the official repository has {sorted(unknown)[:5]}')
     state |= {BACKBONE + key: value for key, value in checkpoint_filter_fn(body, None).items()}
-    names = checkpoint.get('idx_to_class', {}).values()
-    return dict(state_dict=state, meta=dict(dataset_meta=dict(classes=tuple(str(name).strip("'") for name in names))))
+    # Many of Open Images' are in quotes, as """Pig's organ soup""" (issue 26 of the official repository).
+    names = tuple(str(name).strip('"\' ') for name in checkpoint.get('idx_to_class', {}).values())
+    return dict(state_dict=state, meta=dict(dataset_meta=dict(classes=names)))
 
 
 def match_rows(weight: Tensor,
@@ -268,9 +270,11 @@ def match_rows(weight: Tensor,
         aliases: Other names that ``target`` classes may have in the checkpoint; one that it has comes first.
 
     Returns:
-        (T, ...), and the target classes that kept their initial row.
+        (T, ...), and the target classes that kept their initial row. A name that several classes of the checkpoint have
+        is that of none.
     """
-    row_of = {name: row for row, name in enumerate(source)}
+    times = Counter(source)
+    row_of = {name: row for row, name in enumerate(source) if times[name] == 1}
     aliases = aliases or {}
     rows = [row_of.get(aliases.get(name, name), row_of.get(name)) for name in target]
     found = [i for i, row in enumerate(rows) if row is not None]
@@ -285,7 +289,8 @@ class AdaptCheckpointHook(Hook):
 
     - A file of the official repository gets MMEngine's layout, see :func:`convert_official`.
     - Where the classes of the checkpoint, or their order, differ from those of the data set, the rows of the head go by
-      the names; those of classes that the checkpoint lacks stay as the model has them, with a warning.
+      the names. Those of classes that the checkpoint lacks start training as the model has them, with a warning; a test
+      is refused.
 
     Resuming is left alone.
 
@@ -293,15 +298,20 @@ class AdaptCheckpointHook(Hook):
         aliases: Names that classes of the data set may have in a checkpoint instead of their own, as in
             ``dict(aeroplane='airplane')`` for VOC from COCO.
         head: Name of the last linear layer.
+        by_name: False keeps the rows in their order, for a checkpoint that is known to have the classes of the data set
+            in its order under other names.
 
     Raises:
         KeyError: An alias is no class of the data set.
+        CheckpointError: A class that is to be tested is not in the checkpoint; or, with ``by_name=False``, it has
+            another number of classes.
     """
     priority = 'VERY_HIGH'  # before EMAHook, which copies the checkpoint's weights
 
-    def __init__(self, aliases: Mapping[str, str] | None = None, head: str = 'head.fc') -> None:
+    def __init__(self, aliases: Mapping[str, str] | None = None, head: str = 'head.fc', by_name: bool = True) -> None:
         self.aliases = dict(aliases or {})
         self.head = head
+        self.by_name = by_name
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         if runner._resume:
@@ -317,9 +327,11 @@ class AdaptCheckpointHook(Hook):
         if unknown := self.aliases.keys() - set(target):
             raise KeyError(f'aliases of AdaptCheckpointHook has {sorted(unknown)}, which are none of the classes of '
                            f'the data set: {list(target)}')
-        if tuple(source) == tuple(target):
-            return
-        self._match_head(runner, checkpoint, source, target)
+        if not self.by_name and len(source) != len(target):
+            raise CheckpointError(f'{runner._load_from} has {len(source)} classes and the data set {len(target)}: with '
+                                  'by_name=False of AdaptCheckpointHook they must be the same in the same order')
+        if self.by_name and tuple(source) != tuple(target):
+            self._match_head(runner, checkpoint, source, target)
 
     def _match_head(self, runner: Runner, checkpoint: dict, source: Sequence[str], target: Sequence[str]) -> None:
         model = runner.model
@@ -329,9 +341,17 @@ class AdaptCheckpointHook(Hook):
         for key in (f'{self.head}.weight', f'{self.head}.bias'):
             if key in state and key in own and len(state[key]) == len(source) and len(own[key]) == len(target):
                 state[key], missing = match_rows(state[key], source, target, own[key], self.aliases)
-        if missing:
-            print_log(f'{len(missing)} of {len(target)} classes are not in the checkpoint and start anew: '
-                      f'{", ".join(missing[:20])}', 'current', logging.WARNING)
+        if not missing:
+            return
+        words = f'{len(missing)} of {len(target)} classes are not in the checkpoint'
+        if not isinstance(runner._train_loop, BaseLoop):  # nobody would train their rows
+            others = sorted(set(source) - set(target))
+            raise CheckpointError(
+                f'{runner._load_from} cannot be tested: {words}: {_listed(missing)}. Of its own, the data set lacks '
+                f'{_listed(others) or "none"}. Take the config of its classes, or say which are the same in aliases of '
+                'mmasl.AdaptCheckpointHook; or, if it is known to have the classes of the data set in their order, '
+                'under other names, set by_name=False there')
+        print_log(f'{words} and start anew: {", ".join(missing[:20])}', 'current', logging.WARNING)
 
     @staticmethod
     def _dataset_classes(runner: Runner) -> Sequence[str] | None:
@@ -339,3 +359,7 @@ class AdaptCheckpointHook(Hook):
             if isinstance(loop, BaseLoop):  # the others are not built, and need not be
                 return getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes')
         return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ', '.join(map(repr, names[:10])) + ', ...' * (len(names) > 10)

@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OneCycleLR
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import HOOKS, MODELS, DefaultScope
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
@@ -90,7 +90,8 @@ def classifier(name: str, channels: int, num_classes: int) -> nn.Module:
                       loss=dict(type='mmasl.AsymmetricLoss'))))
 
 
-def fake_runner(model: nn.Module, classes: tuple[str, ...], resume: bool = False) -> SimpleNamespace:
+def fake_runner(model: nn.Module, classes: tuple[str, ...], resume: bool = False,
+                training: bool = True) -> SimpleNamespace:
     dataset = torch.utils.data.TensorDataset(torch.zeros(1))
     dataset.metainfo = dict(classes=classes)
 
@@ -99,8 +100,9 @@ def fake_runner(model: nn.Module, classes: tuple[str, ...], resume: bool = False
         def run(self):
             pass
 
-    runner = SimpleNamespace(model=model, _resume=resume, _val_loop=None, _test_loop=dict(), _train_loop=None)
-    runner._train_loop = Loop(runner, torch.utils.data.DataLoader(dataset))
+    runner = SimpleNamespace(model=model, _resume=resume, _load_from='a.pth', _val_loop=None, _test_loop=dict(),
+                             _train_loop=dict())
+    setattr(runner, '_train_loop' if training else '_test_loop', Loop(runner, torch.utils.data.DataLoader(dataset)))
     return runner
 
 
@@ -161,6 +163,13 @@ def test_the_two_layers_of_the_open_images_head_become_one():
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
 
 
+def test_names_lose_their_quotes():
+    """As the Open Images file has them (issue 26 of the official repository)."""
+    names = ('"""Pig\'s organ soup"""', "'Cat' ", " and melon family'", 'pentathlon"""', "Dog's tail")
+    assert convert_official(official_file('tresnet_m', names))['meta']['dataset_meta']['classes'] == (
+        "Pig's organ soup", 'Cat', 'and melon family', 'pentathlon', "Dog's tail")
+
+
 def test_an_unknown_key_is_refused():
     checkpoint = official_file('tresnet_m', ('a', ))
     checkpoint['model']['decoder.weight'] = torch.zeros(1)
@@ -180,6 +189,8 @@ def test_rows_by_name():
     rows, missing = match_rows(weight, ('car', 'tvmonitor', 'cat'), ('tvmonitor', 'car'), initial[:2],
                                dict(tvmonitor='tv'))
     assert rows.tolist() == [[2, 3], [0, 1]] and missing == []
+    rows, missing = match_rows(weight, ('car', 'cat', 'cat'), ('cat', 'car'), initial[:2])  # which cat?
+    assert rows.tolist() == [[-1, -1], [0, 1]] and missing == ['cat']
     rows, missing = match_rows(weight[:, 0], ('car', 'tv', 'cat'), ('cat', 'dog'), torch.tensor([7., 8.]))
     assert rows.tolist() == [4, 8] and missing == ['dog']
 
@@ -222,8 +233,9 @@ def mmengine_file(classes: tuple[str, ...]) -> dict:
                 state_dict={'head.fc.weight': torch.stack([2 * rows, 2 * rows + 1], 1), 'head.fc.bias': rows})
 
 
-def adapt(checkpoint: dict, model: nn.Module, classes: tuple[str, ...], resume: bool = False, **kwargs) -> dict:
-    AdaptCheckpointHook(**kwargs).after_load_checkpoint(fake_runner(model, classes, resume), checkpoint)
+def adapt(checkpoint: dict, model: nn.Module, classes: tuple[str, ...], resume: bool = False, training: bool = True,
+          **kwargs) -> dict:
+    AdaptCheckpointHook(**kwargs).after_load_checkpoint(fake_runner(model, classes, resume, training), checkpoint)
     return checkpoint
 
 
@@ -247,6 +259,36 @@ def test_a_checkpoint_trained_with_aliases_keeps_all_its_rows(start):
     trained = classes[start:] + classes[:start]
     state = adapt(mmengine_file(trained), Linear(20), classes, aliases=aliases)['state_dict']
     assert state['head.fc.bias'].tolist() == [trained.index(name) for name in classes]
+
+
+def test_a_test_of_classes_that_the_checkpoint_lacks_is_refused():
+    """Their rows would be random, in weights that fit."""
+    names = tuple('abcdefghijklm')
+    message = (r"a.pth cannot be tested: 12 of 13 classes are not in the checkpoint: 'b', 'c', .*'k', \.\.\.\. Of its "
+               r"own, the data set lacks 'B', .*'K', \.\.\.\. Take the config .* aliases of .* set by_name=False there")
+    with pytest.raises(CheckpointError, match=message):
+        adapt(mmengine_file(('a', *map(str.upper, names[1:]))), Linear(13), names, training=False)
+    with pytest.raises(CheckpointError, match="1 of 2 classes .*: 'b'. Of its own, the data set lacks none. Take"):
+        adapt(mmengine_file(('a', )), Linear(2), ('a', 'b'), training=False)
+    state = adapt(mmengine_file(('a', 'B', 'c')), Linear(2), ('c', 'b'), training=False, aliases=dict(b='B'))
+    assert state['state_dict']['head.fc.bias'].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['test', 'training'])
+def test_rows_in_their_order(training):
+    state = adapt(mmengine_file(('a', 'B', 'b')), Linear(3), ('a', 'b', 'c'), training=training, by_name=False)
+    assert state['state_dict']['head.fc.bias'].tolist() == [0, 1, 2]
+    with pytest.raises(CheckpointError, match='a.pth has 2 classes and the data set 3: with by_name=False of Adapt'):
+        adapt(mmengine_file(('a', 'B')), Linear(3), ('a', 'b', 'c'), training=training, by_name=False)
+
+
+def test_the_option_of_the_document_reaches_the_hook():
+    option = 'custom_hooks.1.by_name=False'
+    assert option in (ROOT / 'docs/recipes.md').read_text()
+    cfg = Config.fromfile(ROOT / 'configs/tresnet-l_paper_asl_open-images-448.py')
+    cfg.merge_from_dict({'custom_hooks.1.by_name': False})
+    assert cfg.custom_hooks[1].type == 'mmasl.AdaptCheckpointHook'
+    assert HOOKS.build(cfg.custom_hooks[1]).by_name is False
 
 
 def test_hook_sorts_the_same_classes_in_another_order():
@@ -303,6 +345,18 @@ def test_runner_loads_an_official_file_by_class_names(tmp_path):
     for loaded in (model, ema.ema_model.module):
         torch.testing.assert_close(loaded.head.fc.weight, official['head.fc.weight'][[2, 0]])
         torch.testing.assert_close(loaded.backbone.timm_model.body.conv1.conv.weight, official['body.conv1.0.weight'])
+
+
+def test_runner_refuses_to_test_classes_that_the_checkpoint_lacks(tmp_path):
+    torch.save(mmengine_file(('a', 'B')), tmp_path / 'a.pth')
+    dataset = torch.utils.data.TensorDataset(torch.zeros(1))
+    dataset.metainfo = dict(classes=('a', 'b'))
+    runner = Runner(Linear(2), str(tmp_path), test_dataloader=dict(batch_size=1, num_workers=0, dataset=dataset,
+                                                                   sampler=dict(type='DefaultSampler')),
+                    test_cfg={}, test_evaluator=dict(type='mmasl.MacroF1'), custom_hooks=[AdaptCheckpointHook()],
+                    experiment_name='lacking', log_level='ERROR', load_from=str(tmp_path / 'a.pth'))
+    with pytest.raises(CheckpointError, match="a.pth cannot be tested: 1 of 2 classes .*: 'b'"):
+        runner.test()
 
 
 # --- reading
