@@ -1,3 +1,4 @@
+import gzip
 import io
 import pickle
 import tracemalloc
@@ -264,10 +265,12 @@ def test_missing_image(root):
     ('human.csv', HEADER + 'ffb 00 0000000 0,x,/m/0cat,1', "image id 'ffb 00 0000000 0' is not 16 hexadecimal"),
     ('classes.txt', '/m/0cat\n/m/0dog\n/m/0cat\n', "lists class '/m/0cat' 2 times"),
     ('classes.txt', '', 'lists no class'),
+    ('classes.txt', '/m/0cat\nCrème brûlée\n', "lists class 'Crème brûlée', which is no id: .* and not names"),
     ('classes.txt', '/m/0none\n', 'no image of .*human.csv has a label of the 1 classes of .*classes.txt$'),
     ('names.csv', '/m/0sky,Sky\n', r"4 classes of .*classes.txt are not in .*names.csv, the first is '/m/0cat'"),
     ('images.csv', 'ffb0000000000001\nffb0000000000001\n', "lists image id 'ffb0000000000001' 2 times"),
     ('images.csv', 'ffb0000000000001.jpg\n', "image id 'ffb0000000000001.' is not 16 hexadecimal"),
+    ('images.csv', 'ffb0000000000001\nffb000000000000é\n', "lists image id 'ffb000000000000é', which is no id"),
     ('images.csv', '0000000000000000\n', 'no image .*classes.txt and is in .*images.csv'),
 ])
 def test_damaged_files(root, file, text, message):
@@ -275,6 +278,19 @@ def test_damaged_files(root, file, text, message):
     with pytest.raises(ValueError, match=message) as error:
         load(root, description_file='names.csv', image_file='images.csv' if file == 'images.csv' else '')
     assert file in str(error.value)
+
+
+@pytest.mark.parametrize('kwargs', [dict(class_file='packed'), dict(image_file='packed')], ids=str)
+def test_compressed_lists(root, kwargs):
+    (root / 'packed').write_bytes(gzip.compress('\n'.join(CLASSES).encode()))
+    with pytest.raises(ValueError, match=f'{root}/packed lists .* is no id: .*unpack the file if it is compressed'):
+        load(root, **kwargs)
+
+
+def test_a_quote_without_its_other_end(root):
+    (root / 'classes.txt').write_text('"' + '/m/0cat\n' * 2**15)
+    with pytest.raises(ValueError, match='classes.txt is no CSV .field larger than .*: get it again'):
+        load(root)
 
 
 def test_no_text(root):

@@ -56,8 +56,9 @@ class OpenImages(MultiLabelDataset):
 
     Raises:
         FileNotFoundError: A file or the first image does not exist.
-        ValueError: A file lacks a column, has a damaged row, lists a class or image twice; a human label is neither 0
-            nor 1; a class has no description; no image has a label; or an argument is out of its range.
+        ValueError: A file lacks a column, has a damaged row, lists a class or image twice or what is no id; a human
+            label is neither 0 nor 1; a class has no description; no image has a label; or an argument is out of its
+            range.
     """
 
     def __init__(self,
@@ -201,7 +202,7 @@ class LabelledImages(Sequence):
 def _open(path: str) -> TextIO:
     if not os.path.exists(path):
         raise FileNotFoundError(f'There is no file {path}. {CURE}')
-    # What is no text then fails as a row, with its file and line.
+    # What is no text is then refused as a row or as an id, with the name of its file.
     return open(path, newline='', encoding='utf-8', errors='replace')
 
 
@@ -247,11 +248,22 @@ def _parse_ids(text: np.ndarray, where: str) -> np.ndarray:
     return ids.astype(np.uint64)
 
 
+def _read_cells(path: str) -> list[list[str]]:
+    """The rows of a small CSV."""
+    with _open(path) as file:
+        try:
+            return [row for row in csv.reader(file) if row]
+        except csv.Error as error:
+            raise ValueError(f'{path} is no CSV ({error}): get it again, and unpack it') from error
+
+
 def _read_column(path: str, what: str) -> list[str]:
     """The first column of a file without its header, if it has one: ids are unique, so a header is no id."""
-    with _open(path) as file:
-        values = [row[0].strip() for row in csv.reader(file) if row]
+    values = [row[0].strip() for row in _read_cells(path)]
     values = values[1:] if values[:1] in (['ImageID'], ['LabelName']) else values
+    if odd := next((value for value in values if not value.isascii()), None):
+        raise ValueError(f'{path} lists {what} {odd[:50]!r}, which is no id: the first column must hold ids as in the '
+                         'label files, of ASCII characters, and not names; unpack the file if it is compressed')
     refuse_repeats(values, f'{path} lists {what}')
     if not values:
         raise ValueError(f'{path} lists no {what}')
@@ -263,8 +275,7 @@ def _read_classes(class_file: str, description_file: str) -> tuple[list[str], tu
     ids = _read_column(class_file, 'class')
     names = dict(zip(ids, ids))
     for path in filter(None, (class_file, description_file)):
-        with _open(path) as file:
-            described = {row[0]: row[1] for row in csv.reader(file) if len(row) > 1}
+        described = {row[0]: row[1] for row in _read_cells(path) if len(row) > 1}
         if path == description_file and (unknown := [x for x in ids if x not in described]):
             raise ValueError(f'{len(unknown)} classes of {class_file} are not in {description_file}, the first is '
                              f'{unknown[0]!r}: give the descriptions of the same version, such as '
