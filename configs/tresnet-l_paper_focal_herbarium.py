@@ -18,4 +18,5 @@ model = dict(
             detach_focusing=False,
             reduction='mean')))
 
-default_hooks = dict(checkpoint=dict(save_best='single-label/f1-score'))
+# MMEngine cannot tell from this name that more is better.
+default_hooks = dict(checkpoint=dict(save_best='single-label/f1-score', rule='greater'))

@@ -21,6 +21,7 @@ from mmengine.evaluator import Evaluator
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, METRICS, MODELS, DefaultScope
 from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
 from mmpretrain.datasets.transforms.auto_augment import RANDAUG_POLICIES
 from PIL import Image
 from torch import nn
@@ -105,8 +106,6 @@ def test_builds(name):
         with torch.device('meta' if 'timm' in cfg.model.backbone.type.lower() else 'cpu'):
             model = build_model(cfg)
         build_optim_wrapper(model, copy.deepcopy(cfg.optim_wrapper))
-        for hook in cfg.get('custom_hooks') or []:
-            HOOKS.build(hook)
         for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
             steps = pipelines(loader.dataset)
             assert steps
@@ -131,6 +130,16 @@ def test_builds(name):
         assert 'detach_focusing' in written and written['use_sigmoid'] is True
         # The official script sums, and holds the weight constant.
         assert (loss.reduction == 'sum') == loss.detach_focusing == ('_official_' in name)
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem)
+def test_hooks_build(path):
+    """Those of every config, which the Runner builds before anything else."""
+    cfg = load(path.stem) if path.stem in PATHS else Config.fromfile(path)
+    Visualizer.get_instance('hooks')  # as the Runner has one; visualization hooks ask for it
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        for hook in [*cfg.default_hooks.values(), *(cfg.get('custom_hooks') or [])]:
+            HOOKS.build(hook)
 
 
 # --------------------------------------------------------------------- steps on data of the real layout
