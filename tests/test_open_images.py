@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.dataset import ConcatDataset
 from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope
 from mmpretrain.models import MultiLabelClsHead
+from mmpretrain.structures import DataSample
 from PIL import Image
 
 from mmasl.datasets import open_images
@@ -221,6 +222,22 @@ def test_treatments_of_the_configs(name, options, weight, gamma):
         assert cfg[f'{split}_dataloader'].dataset.unannotated == 'ignore'
     metric = METRICS.build(cfg.val_evaluator)
     assert metric.ignore_index == -1 and metric.conventions.no_negative == 'skip' and metric.score_dtype == 'float32'
+
+
+def test_the_divisor_is_the_number_of_images():
+    """docs/recipes.md says so; the loss by itself divides by the labels, each by its weight."""
+    cfg = Config.fromfile(CONFIGS / 'tresnet-l_paper_asl_open-images-224.py')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        head = MODELS.build(dict(cfg.model.head, num_classes=5, in_channels=3))
+    logits = torch.linspace(-2, 2, 10).reshape(2, 5)
+    for target in torch.tensor([[[1., 0, -1, -1, -1], [0, -1, -1, -1, -1]], [[1., 0, 1, 0, 1], [0, 0, 0, 1, 0]]]):
+        samples = [DataSample().set_gt_score(score) for score in target]
+        total = head.loss_module(logits, target, reduction_override='sum')
+        torch.testing.assert_close(head._get_loss(logits, samples)['loss'], total / 2)
+        annotated = (target >= 0).sum()
+        torch.testing.assert_close(head.loss_module(logits, target), total / (annotated + 0.1 * (10 - annotated)))
+    recipes = ' '.join((CONFIGS.parent / 'docs/recipes.md').read_text().split())
+    assert "The divisor of the loss is the number of images, which MMPretrain's heads give" in recipes
 
 
 @pytest.mark.parametrize('size', [224, 448])
