@@ -1,9 +1,14 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
+from mmengine.config import Config
 from mmengine.registry import TRANSFORMS, DefaultScope
 from PIL import Image, ImageDraw
 
 from mmasl.transforms import Cutout
+
+ROOT = Path(__file__).parents[1]
 
 
 def image(height: int = 40, width: int = 60) -> np.ndarray:
@@ -56,3 +61,67 @@ def test_every_place_and_colour_is_as_likely():
 def test_wrong_size(size):
     with pytest.raises(ValueError, match=f'size={size} must be a share'):
         Cutout(size)
+
+
+# --- RandAugment of the official train.py
+
+# randaugment 1.0.2: the function of mmcv that does the same, what its argument is without any effect, and the ten
+# levels, of which the first is never drawn.
+LEVELS = dict(
+    Rotate=('imrotate', 0, np.linspace(0, 30, 10)),
+    Posterize=('posterize', 0, np.round(np.linspace(8, 4, 10))),
+    Solarize=('solarize', 0, np.linspace(256, 0, 10)),
+    ColorTransform=('adjust_color', 1, np.linspace(0, 0.9, 10)),
+    Contrast=('adjust_contrast', 1, np.linspace(0, 0.9, 10)),
+    Brightness=('adjust_brightness', 1, np.linspace(0, 0.9, 10)),
+    Sharpness=('adjust_sharpness', 1, np.linspace(0, 0.9, 10)),
+    Shear=('imshear', 0, np.linspace(0, 0.3, 10)),
+    Translate=('imtranslate', 0, np.linspace(0, 150 / 331, 10)),
+    Cutout=('cutout', 0, np.round(np.linspace(0, 20, 10))))
+
+
+@pytest.fixture(scope='module')
+def operations() -> list:
+    """The operations of the official pipeline's RandAugment that have a magnitude."""
+    pipeline = Config.fromfile(ROOT / 'configs/_base_/datasets/official_pipeline.py').official_train_pipeline
+    (config, ) = (step for step in pipeline if step.type == 'RandAugment')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return [operation for operation in TRANSFORMS.build(config) if operation.magnitude_range]
+
+
+def applied(operation: object, function: str, monkeypatch, draws: int = 4000) -> np.ndarray:
+    """What a transform of MMPretrain hands to mmcv, rounded and signed, on an image of one pixel."""
+    seen = []
+
+    def record(img: np.ndarray, *args, **kwargs) -> np.ndarray:
+        seen.append([*args, *kwargs.values()][0])
+        return img
+
+    monkeypatch.setattr(f'mmcv.{function}', record)
+    monkeypatch.setattr(operation, 'prob', 1)
+    np.random.seed(0)
+    for _ in range(draws):
+        operation.transform(dict(img=np.zeros((1, 1, 3), np.uint8)))
+    return np.array(seen)
+
+
+def test_magnitudes_are_spread_as_those_of_the_official_script(operations, monkeypatch):
+    assert {type(operation).__name__ for operation in operations} == set(LEVELS) and len(operations) == 12
+    for operation in operations:
+        name = type(operation).__name__
+        function, neutral, levels = LEVELS[name]
+        levels = levels[1:]
+        found = applied(operation, function, monkeypatch) - neutral
+        # Both directions as often; the package rotates by positive angles, which are counterclockwise in Pillow alone.
+        negative = dict(Rotate=1, Posterize=0, Solarize=0, Cutout=0).get(name, 0.5)
+        assert (found < 0).mean() == pytest.approx(negative, abs=0.04 if negative == 0.5 else 0), name
+        found, near = np.abs(found), 0.02 * np.ptp(levels)
+        assert [found.min(), found.max()] == pytest.approx([levels.min(), levels.max()], abs=near), name
+        assert found.mean() == pytest.approx(levels.mean(), abs=near), name
+
+
+def test_bits_are_as_frequent_as_in_the_official_script(operations, monkeypatch):
+    (posterize, ) = (operation for operation in operations if type(operation).__name__ == 'Posterize')
+    found, levels = applied(posterize, 'posterize', monkeypatch), LEVELS['Posterize'][2][1:]
+    for bits in range(9):
+        assert (found == bits).mean() == pytest.approx((levels == bits).mean(), abs=0.03 * (4 <= bits <= 8))
