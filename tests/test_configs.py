@@ -27,7 +27,7 @@ from PIL import Image
 from torch import nn
 
 from mmasl import AsymmetricLoss
-from mmasl.cli import set_dataloader_defaults
+from mmasl.cli import load_config, make_parser, set_dataloader_defaults
 from mmasl.schedules import OneCycleMomentum
 
 ROOT = Path(__file__).parents[1]
@@ -458,6 +458,52 @@ def test_the_document_names_every_config():
     assert found <= set(PATHS)
     recipes = {name for name in PATHS if re.search('_(paper|official)_|_tresnet|_nus-wide|_voc-from-coco', name)}
     assert recipes - found == {'resnet101_bce_nus-wide', *(set(RELEASED) - found)}, 'a baseline, and the model zoo'
+
+
+def data_paths(dataset: dict) -> set[str]:
+    """Files and folders that a data set's config names, and those that it wraps."""
+    wrapped = dataset.get('datasets') or [dataset['dataset']] if {'datasets', 'dataset'} & set(dataset) else []
+    if wrapped:
+        return set().union(*map(data_paths, wrapped))
+    prefix = dataset.get('data_prefix') or ''
+    parts = [*(prefix.values() if isinstance(prefix, dict) else [prefix]),
+             *(value for key, value in dataset.items() if key.endswith('_file') and value)]
+    if dataset.type == 'mmasl.VOCMultiLabel':
+        parts.append(f'ImageSets/Main/{dataset.split}.txt')
+    return {(Path(dataset.data_root) / part).as_posix() for part in parts}
+
+
+def documented_paths() -> set[str]:
+    """The trees of docs/recipes.md, one level for two spaces."""
+    text = (ROOT / 'docs/recipes.md').read_text()
+    tree = re.search(r'^## Data$.*?^```text\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)[1]
+    found, above = set(), []
+    for line in filter(None, tree.splitlines()):
+        name = line.lstrip()
+        above[(len(line) - len(name)) // 2:] = [name.rstrip('/')]
+        found.add('/'.join(above))
+    return found
+
+
+def test_the_document_says_where_the_data_lies(samples):
+    configs = [load(name) for name in PATHS if not re.search('digits|glyphs', name)]
+    wanted = set().union(*(data_paths(cfg[f'{split}_dataloader'].dataset)
+                           for cfg in configs for split in ('train', 'val', 'test')))
+    found = documented_paths()
+    assert wanted <= found
+    # The layout that the configs are tested on has all of it too, folders that no config names among them.
+    assert [path for path in sorted(found) if not (samples / path).exists()] == []
+
+
+def test_the_document_names_the_archives_of_open_images():
+    options = [f'train_dataloader.dataset.{option}' for option in (
+        'img_name=train_{id[0]}/{id}.jpg', 'image_file=train-images-boxable-with-rotation.csv')]
+    text = (ROOT / 'docs/recipes.md').read_text()
+    assert all(option in text for option in options)
+    args = make_parser('').parse_args([str(PATHS['tresnet-l_paper_asl_open-images-224']), '--cfg-options', *options])
+    dataset = load_config(args).train_dataloader.dataset
+    assert dataset.image_file == 'train-images-boxable-with-rotation.csv'
+    assert dataset.img_name.format(id='0a') == 'train_0/0a.jpg', 'the archive has a folder of its own'
 
 
 def test_unannotated_labels_of_open_images_are_weak_negatives():
