@@ -563,15 +563,21 @@ def ema_longer_than_run(cfg: Config, batches_per_epoch: int) -> list[Mistake]:
         if not hook or _name(hook.get('type')) != 'EMAHook' or not iterations:
             continue
         late = max((hook.get('begin_epoch', 0) - 1) * batches_per_epoch, hook.get('begin_iter', 0) - 1, 0)
-        left = initial_share(iterations - late, **{k: v for k, v in hook.items() if k in (
-            'ema_type', 'momentum', 'gamma', 'interval')})
+        options = {k: v for k, v in hook.items() if k in ('ema_type', 'momentum', 'gamma', 'interval')}
+        horizon = hook.get('horizon')  # mmasl.EMAHook's, which takes no momentum
+        if horizon is not None:
+            options['momentum'] = 1 / (1 + horizon * iterations)
+        left = initial_share(iterations - late, **options)
         if left > 0.05:
             updates = max(1, (iterations - late - 1) // hook.get('interval', 1))
+            momentum = -np.expm1(log(0.01) / updates)
+            name, value, cure = ('momentum', hook.get('momentum', 0.0002), momentum) if horizon is None else (
+                'horizon', horizon, (1 / momentum - 1) / iterations)
             found.append(Mistake(
-                f'the average still holds {left:.0%} of the initial weights at the end of the run', f'{key}.momentum',
-                f"momentum {hook.get('momentum', 0.0002):g} over {iterations - late:,} iterations; that part "
-                'of what is evaluated is not trained',
-                f'momentum={-np.expm1(log(0.01) / updates):.2g} leaves 1 %; or train longer'))
+                f'the average still holds {left:.0%} of the initial weights at the end of the run', f'{key}.{name}',
+                f'{name} {value:g} over {iterations - late:,} iterations; that part of what is evaluated is not '
+                'trained',
+                f'{name}={cure:.2g} leaves 1 %' + ('; or train longer' if horizon is None else '')))
     return found
 
 

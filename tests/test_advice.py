@@ -1,4 +1,6 @@
 """mmasl.advice: labels are counted, gradients are those of the losses, and every known mistake is found."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from torch import nn
 
 from mmasl import AsymmetricLoss, advice
 from mmasl.advice import LADDER, LabelStats, LossSite, Suggestion
+
+ROOT = Path(__file__).parents[1]
 
 
 class Data(BaseDataset):
@@ -399,6 +403,31 @@ def test_ema_longer_than_run():
         ema=dict(type='EMAHook', momentum=3e-4), none=None)))
     assert [mistake.where for mistake in advice.ema_longer_than_run(by_iteration, 1)] == ['default_hooks.ema.momentum']
     assert len(advice.ema_longer_than_run(ema_config(400, momentum=3e-4, begin_epoch=390), 40)) == 1
+
+
+@pytest.mark.parametrize('late', (0, 200), ids=('first-step', 'late'))
+def test_ema_with_a_horizon(late):
+    """exp(-1 / horizon) of the initial weights is left, 14 % at 0.5; momentum is none of this hook's arguments."""
+    def found(horizon: float) -> list:
+        return advice.ema_longer_than_run(
+            ema_config(41, type='mmasl.EMAHook', horizon=horizon, begin_iter=late + 1), 40)
+
+    (mistake, ) = found(0.5)
+    left = np.exp(-(1640 - late) / 1640 / 0.5)
+    assert_found(mistake, True, 'custom_hooks.1.horizon', f'{left:.0%}', f'{1640 - late:,} iterations', 'horizon=0.')
+    assert 'momentum' not in str(mistake)
+    cure = float(mistake.cure.split()[0].removeprefix('horizon='))
+    assert np.exp(-(1640 - late) / 1640 / cure) == pytest.approx(0.01, rel=0.2)
+    assert found(cure) == []
+
+
+@pytest.mark.parametrize('batches_per_epoch', (1, 40, 642))
+def test_no_ema_of_the_configs_is_longer_than_its_run(batches_per_epoch):
+    configs = [Config.fromfile(path) for path in sorted((ROOT / 'configs').glob('*_official_*.py'))]
+    hooks = [hook.type for cfg in configs for hook in cfg.custom_hooks]
+    assert hooks.count('mmasl.EMAHook') == len(configs) > 0
+    for cfg in configs:
+        assert advice.ema_longer_than_run(cfg, batches_per_epoch) == []
 
 
 @pytest.mark.parametrize('options', (
