@@ -72,7 +72,7 @@ class ProbabilityGapHook(Hook):
         min_positives: The window grows longer until it holds about as many positives, > 0.
 
     Raises:
-        ValueError: An argument is out of range, or the model has no such loss.
+        ValueError: An argument is out of range, the model has no such loss, or a second hook reads its probabilities.
     """
     priority = 'ABOVE_NORMAL'  # before EMAHook and CheckpointHook
 
@@ -88,6 +88,11 @@ class ProbabilityGapHook(Hook):
         self.per_class = False
 
     def before_train(self, runner: Runner) -> None:
+        readers = [type(hook).__name__ for hook in runner.hooks if isinstance(hook, ProbabilityGapHook)]
+        if len(readers) > 1:
+            raise ValueError(f'custom_hooks holds {" and ".join(readers)}, and the first would leave the second '
+                             'nothing to read, nor to steer by: keep one of them. AdaptiveAsymmetryHook logs what '
+                             'ProbabilityGapHook does')
         self.losses = find_losses(runner.model)
         if not self.losses:
             raise ValueError(f"{type(self).__name__} found no mmasl.AsymmetricLoss in the model: set the head's loss, "
@@ -198,7 +203,8 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
             ``per_class`` a class's step shrinks as its window grows, and a class without positives in an update holds.
 
     Raises:
-        ValueError: An argument is out of range, or the model has no asymmetric loss.
+        ValueError: An argument is out of range, the model has no asymmetric loss, or a second hook reads its
+            probabilities.
 
     Example:
         >>> custom_hooks = [dict(type='mmasl.AdaptiveAsymmetryHook', target=0.1)]

@@ -35,6 +35,11 @@ class Task(Dataset):
         return dict(x=self.x[index], y=self.y[index])
 
 
+def few():
+    """Three updates."""
+    return Task(300)
+
+
 class Model(BaseModel):
 
     def __init__(self, losses=1, **kwargs):
@@ -272,6 +277,13 @@ def test_loading_weights_starts_from_the_config(tmp_path):
     assert not restore_asymmetry(model, dict(state_dict={}))
     with pytest.raises(ValueError, match='asymmetry of 1 losses and the model has 2: load it with the config'):
         restore_asymmetry(Model(losses=2), checkpoint)
+
+
+@pytest.mark.parametrize('first', [ProbabilityGapHook, AdaptiveAsymmetryHook])
+@pytest.mark.parametrize('second', [ProbabilityGapHook, AdaptiveAsymmetryHook])
+def test_two_readers_of_the_probabilities_are_refused(tmp_path, first, second):
+    with pytest.raises(ValueError, match=f'custom_hooks holds {first.__name__} and {second.__name__}, .* keep one'):
+        make_runner(tmp_path, [first(), second()], data=few()).train()
 
 
 def test_resuming_a_run_without_control_is_refused(tmp_path):
