@@ -11,7 +11,7 @@ import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 
 from .losses import AsymmetricLoss
@@ -164,6 +164,12 @@ class ProbabilityGapHook(Hook):
                 runner.message_hub.update_scalar(f'train/{name}{suffix}', value)
 
 
+def _is_to_start(runner: Runner) -> bool:
+    """Whether a training is to start, which takes the config's asymmetry; a test takes the checkpoint's."""
+    # In a test runner.iter would build the training's data.
+    return isinstance(runner._train_loop, BaseLoop) and runner.iter == 0
+
+
 def gap_of(sums: Tensor) -> Tensor:
     """Probability gap (Eq. 10) from the four sums in the first dimension; NaN without positives or negatives."""
     return sums[0] / sums[1] - sums[2] / sums[3]
@@ -252,11 +258,15 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
         self._resumed: list[dict] | None = None
 
     def before_run(self, runner: Runner) -> None:
-        """Give the parameters their shape, before EMAHook copies the model."""
-        for loss in find_losses(runner.model) if self.per_class else ():
-            classes = self._count_classes(runner.model, loss)
-            for name in self.adapted:
-                setattr(loss, name, getattr(loss, name).expand(classes).clone())
+        """Give the parameters value and shape, before EMAHook copies the model."""
+        for loss in find_losses(runner.model):
+            if _is_to_start(runner):
+                # After FSDP's to_empty the values are garbage, after load_checkpoint those of another training.
+                loss.reset_parameters()
+            if self.per_class:
+                classes = self._count_classes(runner.model, loss)
+                for name in self.adapted:
+                    setattr(loss, name, getattr(loss, name).expand(classes).clone())
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
@@ -275,8 +285,6 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
                 f'{type(getattr(runner, "strategy", runner)).__name__} passes its own by the hooks, as DeepSpeed does, '
                 'so that gamma_neg would start anew. Resume with DDP or FSDP, or start from the weights (load_from)')
         for loss in self.losses:
-            # After FSDP's to_empty the values are garbage, after load_from those of another training.
-            loss.reset_parameters()
             for name, (_, low, high) in self.adapted.items():
                 values = getattr(loss, name)
                 if not ((low <= values) & (values <= high)).all():
@@ -299,11 +307,14 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
             for loss, sums, gap in zip(self.losses, self.sums, self.gaps)]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        if restore_asymmetry(runner.model, checkpoint):
-            self._resumed = checkpoint[STATE] if runner._resume else None
-        elif runner._resume:
+        if not runner._resume:
+            if not _is_to_start(runner):
+                restore_asymmetry(runner.model, checkpoint)  # a test
+            return
+        if not restore_asymmetry(runner.model, checkpoint):
             raise ValueError('the checkpoint to resume from was written without AdaptiveAsymmetryHook: start from its '
                              'weights (load_from, without resume), or remove the hook')
+        self._resumed = checkpoint[STATE]
 
     def _count_classes(self, model: nn.Module, loss: AsymmetricLoss) -> int:
         own = [len(getattr(loss, name)) for name in self.adapted if getattr(loss, name).dim()]

@@ -207,9 +207,9 @@ class AsymmetricLoss(nn.Module):
         return as_divisor(count * elements_per_target)
 
     def reset_parameters(self) -> None:
-        """Set what lives on the module to what it was built with; FSDP calls it after ``to_empty``."""
+        """Set what lives on the module to what it was built with, in that shape; FSDP calls it after ``to_empty``."""
         for name, value in self._initial.items():
-            getattr(self, name).copy_(value)
+            setattr(self, name, value.to(getattr(self, name).device, copy=True))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> 'AsymmetricLoss':
         """Moves the module but keeps its parameters in float32: half precision would round a controller's small steps

@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 import torch.multiprocessing
+from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
@@ -17,6 +18,7 @@ from mmasl import AdaptiveAsymmetryHook, AsymmetricLoss, ProbabilityGapHook
 from mmasl.hooks import restore_asymmetry
 
 CLASSES = 4
+HOLD = dict(step=1e-9, damping=0.)  # of a control that stays where it starts
 RATES = torch.tensor([0.3, 0.1, 0.05, 0.02])
 
 
@@ -35,31 +37,33 @@ class Task(Dataset):
         return dict(x=self.x[index], y=self.y[index])
 
 
-def few():
+def few(classes=CLASSES, **_):
     """Three updates."""
-    return Task(300)
+    return Task(300, torch.full((classes,), 0.3))
 
 
 class Model(BaseModel):
 
-    def __init__(self, losses=1, **kwargs):
+    def __init__(self, losses=1, classes=CLASSES, **kwargs):
         super().__init__()
         torch.manual_seed(0)
-        self.scale, self.shift = nn.Parameter(torch.zeros(CLASSES)), nn.Parameter(torch.full((CLASSES,), -2.))
-        self.heads = nn.ModuleList(Head(**kwargs) for _ in range(losses))
+        self.scale, self.shift = nn.Parameter(torch.zeros(classes)), nn.Parameter(torch.full((classes,), -2.))
+        self.heads = nn.ModuleList(Head(classes, **kwargs) for _ in range(losses))
 
     def forward(self, x, y, mode='tensor'):
         logits = x * self.scale + self.shift
+        if mode == 'predict':
+            return [self.heads[0].criterion.gamma_neg.mean().item()]
         if mode != 'loss':
             return logits
         return {f'loss_{i}': head.criterion(logits, y) for i, head in enumerate(self.heads)}
 
 
 class Head(nn.Module):
-    num_classes = CLASSES
 
-    def __init__(self, **kwargs):
+    def __init__(self, num_classes, **kwargs):
         super().__init__()
+        self.num_classes = num_classes
         self.criterion = AsymmetricLoss(**{'gamma_neg': 2., 'clip': 0., **kwargs})
 
 
@@ -74,6 +78,24 @@ def make_runner(work_dir, hook, model=None, data=None, epochs=1, batch_size=100,
         optim_wrapper=dict(optimizer=dict(type='Adam', lr=lr), accumulative_counts=accumulative_counts),
         train_cfg=dict(by_epoch=True, max_epochs=epochs), custom_hooks=hooks, log_level='WARNING',
         randomness=dict(seed=0), default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)), **kwargs)
+
+
+class Seen(BaseMetric):
+    """The gamma_neg by which a head with calibrated predictions would predict."""
+
+    def process(self, data_batch, data_samples):
+        self.results.append(data_samples[0])
+
+    def compute_metrics(self, results):
+        assert len(set(results)) == 1
+        return dict(gamma_neg=results[0])
+
+
+def evaluation(part):
+    """Arguments of a runner that evaluates: of ``part``, 'val' or 'test'."""
+    loader = dict(batch_size=100, num_workers=0, dataset=Task(100), collate_fn=dict(type='default_collate'),
+                  sampler=dict(type='DefaultSampler', shuffle=False))
+    return {f'{part}_dataloader': loader, f'{part}_evaluator': [Seen()], f'{part}_cfg': dict()}
 
 
 def logged(runner, name):
@@ -277,6 +299,51 @@ def test_loading_weights_starts_from_the_config(tmp_path):
     assert not restore_asymmetry(model, dict(state_dict={}))
     with pytest.raises(ValueError, match='asymmetry of 1 losses and the model has 2: load it with the config'):
         restore_asymmetry(Model(losses=2), checkpoint)
+
+
+@pytest.mark.parametrize('before, after', [
+    ((False, {}), (True, {})), ((True, {}), (False, {})), ((True, {}), (True, dict(classes=6))),
+    ((False, dict(losses=2)), (False, {})), ((True, {}), (True, dict(losses=2))),
+    ((True, dict(gamma_neg=[5.] * CLASSES)), (True, {}))],
+    ids=['to per class', 'from per class', 'other classes', 'fewer losses', 'more losses', 'other config'])
+def test_weights_of_any_control_start_from_the_config(tmp_path, before, after):
+    """Values and their shape are the run's own, whatever the checkpoint holds."""
+    (old, old_model), (new, new_model) = before, after
+    make_runner(tmp_path / 'first', AdaptiveAsymmetryHook(per_class=old), Model(**old_model), few(**old_model)).train()
+    runner = make_runner(tmp_path / 'second', AdaptiveAsymmetryHook(per_class=new, **HOLD), Model(**new_model),
+                         few(**new_model), load_from=str(tmp_path / 'first' / 'epoch_1.pth'))
+    runner.train()
+    for head in runner.model.heads:
+        assert_close(head.criterion.gamma_neg, torch.full((len(runner.model.shift),) if new else (), 2.))
+
+
+def test_weights_loaded_without_load_from_start_from_the_config_too(tmp_path):
+    make_runner(tmp_path / 'first', AdaptiveAsymmetryHook(per_class=True), data=few()).train()
+    runner = make_runner(tmp_path / 'second', AdaptiveAsymmetryHook(per_class=True, **HOLD), Model(classes=6), few(6))
+    runner.load_checkpoint(str(tmp_path / 'first' / 'epoch_1.pth'))
+    runner.train()
+    assert_close(runner.model.heads[0].criterion.gamma_neg, torch.full((6,), 2.))
+
+
+@pytest.mark.parametrize('per_class', [False, True])
+def test_a_test_has_the_asymmetry_of_its_checkpoint(tmp_path, per_class):
+    hook = dict(type='mmasl.AdaptiveAsymmetryHook', per_class=per_class)
+    trained = make_runner(tmp_path, hook)
+    trained.train()
+    expected = trained.model.heads[0].criterion.gamma_neg
+    assert (expected != 2).all()
+    tested = make_runner(tmp_path, hook, load_from=str(tmp_path / 'epoch_1.pth'), **evaluation('test'))
+    tested.test()
+    assert torch.equal(tested.model.heads[0].criterion.gamma_neg, expected)
+
+
+def test_a_checkpoint_loaded_after_training_brings_its_asymmetry(tmp_path):
+    runner = make_runner(tmp_path, AdaptiveAsymmetryHook(), epochs=2, **evaluation('test'))
+    runner.train()
+    runner.load_checkpoint(str(tmp_path / 'epoch_1.pth'))
+    runner.test()
+    saved = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)['adaptive_asymmetry'][0]['gamma_neg']
+    assert runner.model.heads[0].criterion.gamma_neg == saved != logged(runner, 'gamma_neg')[-1]
 
 
 @pytest.mark.parametrize('first', [ProbabilityGapHook, AdaptiveAsymmetryHook])

@@ -326,6 +326,12 @@ def test_reset_parameters_undoes_a_controller():
     loss.reset_parameters()
     assert loss.gamma_neg == 3
     assert_close(loss.clip, torch.tensor([0.1, 0.2]))
+    loss.gamma_neg = torch.full((2, ), 7.)  # one a class
+    loss.reset_parameters()
+    loss.gamma_neg += 1
+    assert loss.gamma_neg.shape == () and loss.gamma_neg == 4
+    loss.reset_parameters()
+    assert loss.gamma_neg == 3
     with torch.device('meta'):
         model = torch.nn.ModuleList([AsymmetricLoss(gamma_neg=2.5)])
     model.to_empty(device='cpu')[0].reset_parameters()
