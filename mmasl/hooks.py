@@ -209,8 +209,8 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
             ``per_class`` a class's step shrinks as its window grows, and a class without positives in an update holds.
 
     Raises:
-        ValueError: An argument is out of range, the model has no asymmetric loss, or a second hook reads its
-            probabilities.
+        ValueError: An argument is out of range, the model has no asymmetric loss, a second hook reads its
+            probabilities, or the checkpoint to resume from was written with another ``per_class``.
 
     Example:
         >>> custom_hooks = [dict(type='mmasl.AdaptiveAsymmetryHook', target=0.1)]
@@ -315,6 +315,11 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
             raise ValueError('the checkpoint to resume from was written without AdaptiveAsymmetryHook: start from its '
                              'weights (load_from, without resume), or remove the hook')
         self._resumed = checkpoint[STATE]
+        per_class = any(state['sums'].dim() > 1 for state in self._resumed)
+        if per_class != self.per_class:
+            raise ValueError(f'per_class={self.per_class} of AdaptiveAsymmetryHook, and the checkpoint to resume from '
+                             f'was written with per_class={per_class}: set that to resume, or start from its weights '
+                             '(load_from, without resume)')
 
     def _count_classes(self, model: nn.Module, loss: AsymmetricLoss) -> int:
         own = [len(getattr(loss, name)) for name in self.adapted if getattr(loss, name).dim()]

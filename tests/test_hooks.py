@@ -346,6 +346,14 @@ def test_a_checkpoint_loaded_after_training_brings_its_asymmetry(tmp_path):
     assert runner.model.heads[0].criterion.gamma_neg == saved != logged(runner, 'gamma_neg')[-1]
 
 
+@pytest.mark.parametrize('before', [False, True])
+def test_changing_per_class_on_resume_is_refused(tmp_path, before):
+    make_runner(tmp_path, AdaptiveAsymmetryHook(per_class=before), data=few()).train()
+    with pytest.raises(ValueError, match=f'per_class={not before} .* with per_class={before}: set that to resume, or '):
+        make_runner(tmp_path, AdaptiveAsymmetryHook(per_class=not before), data=few(), epochs=2,
+                    resume=True).train()
+
+
 @pytest.mark.parametrize('first', [ProbabilityGapHook, AdaptiveAsymmetryHook])
 @pytest.mark.parametrize('second', [ProbabilityGapHook, AdaptiveAsymmetryHook])
 def test_two_readers_of_the_probabilities_are_refused(tmp_path, first, second):
