@@ -90,7 +90,9 @@ class EMAHook(hooks.EMAHook):
     Args:
         horizon: Mean age of the averaged weights, as a share of the training, in (0, 1).
         **kwargs: As in :class:`mmengine.hooks.EMAHook`, but for ``momentum``. ``update_buffers=True`` averages the
-            statistics of batch norm too, as the official code does, instead of taking the latest.
+            statistics of batch norm too, as the official code does, instead of taking the latest. What is no part of
+            the state dict, such as gamma_neg of :class:`mmasl.AsymmetricLoss`, is not averaged and stays the latest,
+            where MMEngine's hook evaluates with that of the start.
 
     Raises:
         ValueError: ``horizon`` is out of its range, or ``momentum`` is given too.
@@ -110,3 +112,14 @@ class EMAHook(hooks.EMAHook):
         if isinstance(runner._train_loop, BaseLoop):
             self.ema_cfg['momentum'] = 1 / (1 + self.horizon * runner._train_loop.max_iters)  # 1 - d
         super().before_run(runner)
+
+    def _swap_ema_parameters(self) -> None:
+        if self.ema_model.update_buffers:
+            # What is averaged is the state dict; MMEngine swaps all buffers.
+            average, latest = self.ema_model.module.state_dict(), self.src_model.state_dict()
+            for name, value in average.items():
+                kept = value.clone()
+                value.copy_(latest[name])
+                latest[name].copy_(kept)
+        else:
+            super()._swap_ema_parameters()

@@ -382,6 +382,21 @@ def test_ema_is_not_disturbed(tmp_path, update_buffers):
     assert_close(checkpoint['adaptive_asymmetry'][0]['gamma_neg'], plain.model.heads[0].criterion.gamma_neg)
 
 
+@pytest.mark.parametrize('update_buffers', [False, True])
+@pytest.mark.parametrize('per_class', [False, True])
+def test_an_average_is_evaluated_by_the_controlled_asymmetry(tmp_path, update_buffers, per_class):
+    hooks = [dict(type='mmasl.EMAHook', horizon=0.1, update_buffers=update_buffers),
+             dict(type='mmasl.AdaptiveAsymmetryHook', target=0., per_class=per_class)]
+    runner = make_runner(tmp_path, hooks, **evaluation('val'))
+    runner.train()
+    expected = logged(runner, 'gamma_neg')[-1].item()
+    assert expected != 2 and runner.model.heads[0].criterion.gamma_neg.mean().item() == expected
+    assert runner.message_hub.get_scalar('val/gamma_neg').current() == expected
+
+    tested = make_runner(tmp_path, hooks, load_from=str(tmp_path / 'epoch_1.pth'), **evaluation('test'))
+    assert tested.test() == dict(gamma_neg=expected)
+
+
 def two_ranks(rank, folder, per_class):
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
     torch.distributed.init_process_group('gloo', f'file://{folder}/gloo', rank=rank, world_size=2)
