@@ -16,7 +16,6 @@ from mmengine.config import Config, ConfigDict
 from torch import Tensor, nn
 
 from .losses import AsymmetricLoss, _as_element_weight
-from .ops import asymmetric_loss
 
 Setting = tuple[float, float, float]  # gamma_neg, gamma_pos, clip
 
@@ -29,7 +28,9 @@ LADDER = {
     'with a margin': (4, 1, 0.05)}
 # What `suggest` may say of a classifier; of a detector it says the third rung.
 STARTS = ((2, 0, 0), (4, 0, 0.05), (4, 0, 0), (7, 0, 0.05), (7, 0, 0))
-EXTREME = 500  # negatives per positive; a bound between COCO's 27 and Open Images' thousands, chosen here
+# Negatives per positive; chosen here, above COCO's 27. Of Open Images' labels about one in a thousand is annotated:
+# where the others weigh 0.1, they are 100 negatives per annotated label, and more per positive.
+EXTREME = 100
 MILD = 5  # negatives per positive; VOC's 13 are the fewest in the paper
 COUPLED = ('Adam', 'Adamax', 'NAdam', 'RAdam', 'Adagrad', 'RMSprop')  # torch's: weight_decay is added to the gradient
 OFFICIAL_BATCH = 128  # images over which the official script sums the loss
@@ -45,7 +46,7 @@ class LabelStats:
         classes: Names of the C classes.
         counts: (C,) images (classification) or objects (detection) of each class.
         per_image: (N,) labels or objects of each image.
-        ignored: Labels marked to be left out: -1 in a multi-label set, crowds in detection.
+        ignored: Labels marked as not annotated or to be left out: -1 in a multi-label set, crowds in detection.
         kind: 'multi-label', 'single-label' or 'detection'.
     """
     classes: tuple[str, ...]
@@ -58,11 +59,15 @@ class LabelStats:
     def images(self) -> int:
         return len(self.per_image)
 
-    @property
-    def negatives_per_positive(self) -> float:
-        """Of classification; in detection it is a matter of the head, see :class:`LossSite`."""
+    def negatives_per_positive(self, weight_unannotated: float = 0.) -> float:
+        """Of classification; in detection it is a matter of the head, see :class:`LossSite`.
+
+        Args:
+            weight_unannotated: Negatives that an ignored label counts as, that of the loss.
+        """
         positives = self.counts.sum()
-        return (self.images * len(self.classes) - self.ignored - positives) / positives
+        negatives = self.images * len(self.classes) - self.ignored - positives
+        return (negatives + weight_unannotated * self.ignored) / positives
 
     @property
     def order(self) -> np.ndarray:
@@ -135,11 +140,11 @@ class Gradient:
 
     Args:
         positive, negative: The sums over positive and negative entries.
-        silent: Negatives without gradient.
+        silent: Negatives without gradient, counted as in :class:`LossSite`.
     """
     positive: float = 0.
     negative: float = 0.
-    silent: int = 0
+    silent: float = 0.
 
     @property
     def total(self) -> float:
@@ -151,10 +156,11 @@ class Gradient:
         return self.positive / self.total if self.total else float('nan')
 
     def add(self, grad: Tensor, positive: Tensor, negative: Tensor) -> None:
+        """Add dL/dz of entries; ``positive`` says which are positives, ``negative`` how many negatives each is."""
         grad = grad.abs().double()
         self.positive += grad[positive].sum().item()
-        self.negative += grad[negative].sum().item()
-        self.silent += int((grad[negative] == 0).sum())
+        self.negative += grad[negative > 0].sum().item()
+        self.silent += negative[grad == 0].sum().item()
 
 
 @dataclass
@@ -162,14 +168,14 @@ class LossSite:
     """A classification loss in a model, and what its calls held.
 
     An entry is a logit of one class; a positive has a target above 0. Ignored entries and those of weight 0 do not
-    count.
+    count. Where the loss has a ``weight_unannotated``, an entry marked by its ``ignore_index`` is that many negatives.
 
     Args:
         key: Where the loss stands in the config.
         module: The loss.
         positives, negatives: Number of entries.
         own: Gradient of the module itself; None if it has none per entry.
-        settings: Gradient of :func:`mmasl.ops.asymmetric_loss` for settings of it.
+        settings: Gradient of :class:`mmasl.AsymmetricLoss` for settings of it, with the rest as the module has it.
         divisor: Largest ``avg_factor`` of the calls, None without one.
         form: 'dense', 'labels' or 'pair', as in :func:`mmasl.ops.asymmetric_loss`; None before any call.
         channels: Size of the last axis of the logits.
@@ -177,7 +183,7 @@ class LossSite:
     key: str
     module: nn.Module
     positives: int = 0
-    negatives: int = 0
+    negatives: float = 0.
     own: Gradient | None = field(default_factory=Gradient)
     settings: dict[Setting, Gradient] = field(default_factory=dict)
     divisor: float | None = None
@@ -200,6 +206,11 @@ class LossSite:
             'AsymmetricLoss', 'FocalLoss') else None
 
     @property
+    def weight_unannotated(self) -> float:
+        """Negatives that an entry without annotation counts as."""
+        return getattr(self.module, 'weight_unannotated', 0.)
+
+    @property
     def setting(self) -> Setting | None:
         """(gamma_neg, gamma_pos, clip) that the module amounts to, where it does."""
         name, loss = type(self.module).__name__, cast(Any, self.module)
@@ -219,18 +230,19 @@ class LossSite:
         if avg_factor is not None:
             self.divisor = max(self.divisor or 0., float(avg_factor))
         self.channels = pred.shape[-1]
-        self.form, y, counted = _entries(pred, target, getattr(self.module, 'ignore_index', None))
+        self.form, y, counts = _entries(pred, target, getattr(self.module, 'ignore_index', None),
+                                        self.weight_unannotated)
         if weight is not None:
             weight = _as_element_weight(weight, y).expand_as(y)
-            counted = counted & (weight != 0)
-        positive, negative = counted & (y > 0), counted & (y <= 0)
+            counts = counts * (weight != 0)
+        positive, negative = (counts > 0) & (y > 0), counts.where(y <= 0, 0.)
         self.positives += int(positive.sum())
-        self.negatives += int(negative.sum())
+        self.negatives += negative.sum().item()
 
         z = pred.detach().float()
         if getattr(self.module, 'activated', False):
             z = z.logit(eps=torch.finfo(z.dtype).eps)
-        at_negatives = z[negative]
+        at_negatives = z[negative > 0]
         self._sample.append(at_negatives[::max(1, at_negatives.numel() // 100_000)])
         if self.own is not None:
             grad = _own_gradient(self.module, call, z)
@@ -239,16 +251,17 @@ class LossSite:
             else:
                 self.own.add(grad, positive, negative)
         for setting in settings:
-            grad = self._gradient(z, y, setting) if weight is None else self._gradient(z, y, setting) * weight
+            grad = self._gradient(z, y, weight, setting)
             self.settings.setdefault(setting, Gradient()).add(grad, positive, negative)
 
-    def _gradient(self, z: Tensor, y: Tensor, setting: Setting) -> Tensor:
-        gamma_neg, gamma_pos, clip = map(float, setting)
+    def _gradient(self, z: Tensor, y: Tensor, weight: Tensor | None, setting: Setting) -> Tensor:
+        gamma_neg, gamma_pos, clip = setting
+        kept: Any = {key: getattr(self.module, key) for key in (
+            'detach_focusing', 'loss_weight', 'weight_unannotated', 'gamma_unannotated') if hasattr(self.module, key)}
+        loss = AsymmetricLoss(gamma_pos, gamma_neg, clip, self.alpha, reduction='sum', ignore_index=-1, **kept)
         with torch.enable_grad():
             z = z.clone().requires_grad_()
-            loss: Any = asymmetric_loss(z, y, gamma_pos, gamma_neg, clip, self.alpha,
-                                        getattr(self.module, 'detach_focusing', False))
-            return torch.autograd.grad(loss.sum(), z)[0] * getattr(self.module, 'loss_weight', 1.)
+            return torch.autograd.grad(loss.to(z.device)(z, y, weight), z)[0]
 
 
 def _largest(value: float | Tensor | None) -> float:
@@ -256,22 +269,23 @@ def _largest(value: float | Tensor | None) -> float:
     return round(float(torch.as_tensor(0. if value is None else value).max()), 6)
 
 
-def _entries(pred: Tensor, target: Tensor | tuple[Tensor, Tensor],
-             ignore_index: int | None) -> tuple[str, Tensor, Tensor]:
-    """Form of the target, its dense soft labels in [0, 1], and which entries are not ignored."""
+def _entries(pred: Tensor, target: Tensor | tuple[Tensor, Tensor], ignore_index: int | None,
+             weight_unannotated: float = 0.) -> tuple[str, Tensor, Tensor]:
+    """Form of the target, its dense labels in [0, 1] or -1 without annotation, and how many entries each counts as."""
     labels, quality = target if isinstance(target, (tuple, list)) else (target, None)
-    counted = labels >= 0
-    if ignore_index is not None:
-        counted &= labels != ignore_index
+    marked = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
+    annotated = (labels >= 0) & ~marked
+    counts = annotated + weight_unannotated * marked.double()
     if labels.shape == pred.shape:
-        return 'dense', labels.float().where(counted, 0.), counted
+        return 'dense', labels.float().where(annotated, -1.), counts
     if labels.shape != pred.shape[:-1]:
         raise ValueError(f'a classification loss is called with targets of shape {tuple(labels.shape)} for predictions '
                          f'of shape {tuple(pred.shape)}: its gradient is not understood here')
     y = (labels.unsqueeze(-1) == torch.arange(pred.shape[-1], device=pred.device)).float()
     if quality is not None:
         y *= quality.unsqueeze(-1)
-    return 'labels' if quality is None else 'pair', y, counted.unsqueeze(-1).expand_as(pred)
+    return ('labels' if quality is None else 'pair', y.where(annotated.unsqueeze(-1), -1.),
+            counts.unsqueeze(-1).expand_as(pred))
 
 
 def _own_gradient(module: nn.Module, call: inspect.BoundArguments, z: Tensor) -> Tensor | None:
@@ -339,7 +353,8 @@ def suggest(stats: LabelStats, site: LossSite | None) -> Suggestion:
 
     Args:
         stats: Labels of the training set.
-        site: The loss, for the probability that negatives start at; None if it is not known.
+        site: The loss, for the probability that negatives start at and for what a label without annotation counts as;
+            None if it is not known.
     """
     if stats.kind == 'detection':
         alpha = site.alpha if site and site.alpha is not None else 0.25 if site and site.form == 'labels' else None
@@ -350,7 +365,8 @@ def suggest(stats: LabelStats, site: LossSite | None) -> Suggestion:
                            '(the advice of the author)')
         return Suggestion((2, 1, 0), alpha, tuple(reasons))
 
-    ratio = stats.negatives_per_positive
+    weight = site.weight_unannotated if site else 0.
+    ratio = stats.negatives_per_positive(weight)
     if stats.kind == 'single-label' or (site and site.softmax):
         setting, reason = (4, 0, 0.05), 'App. G, one label among 32,000, on sigmoids in place of a softmax'
     elif ratio >= EXTREME:
@@ -359,7 +375,8 @@ def suggest(stats: LabelStats, site: LossSite | None) -> Suggestion:
         setting, reason = (4, 0, 0.05), 'App. B; the paper uses it from 13 (VOC) to 27 (COCO)'
     else:
         setting, reason = (2, 0, 0), f'below {MILD}, less than any data of the paper has; mild focusing is a guess'
-    reasons = [f'{stats.kind}, {ratio:.3g} negatives per positive: {reason}',
+    counted = f', a label without annotation counted as {weight:g} of them' if weight and stats.ignored else ''
+    reasons = [f'{stats.kind}, {ratio:.3g} negatives per positive{counted}: {reason}',
                'gamma_pos = 0: the best of Fig. 6, and every positive keeps its whole gradient']
     if setting[2] and site and site.prior <= setting[2]:
         reasons.append(f'no margin: the median negative starts at p = {site.prior:.2g}, where a margin of '
@@ -371,7 +388,8 @@ def suggest(stats: LabelStats, site: LossSite | None) -> Suggestion:
 def write_config(cfg: Config, base: str, site: LossSite, suggestion: Suggestion) -> str:
     """A config that inherits ``base`` and has the suggested loss.
 
-    Settings of the replaced loss that are not its shape (weight, reduction, probabilities as input) are kept.
+    Settings of the replaced loss that are not its shape (weight, reduction, probabilities as input, what labels without
+    annotation are) are kept.
     """
     place, old = site.key.split('.'), _loss_dict(cfg, site)
     gamma_neg, gamma_pos, clip = suggestion.setting
@@ -381,7 +399,8 @@ def write_config(cfg: Config, base: str, site: LossSite, suggestion: Suggestion)
         loss['alpha'] = suggestion.alpha
     loss |= {key: old[key] for key in ('activated', 'loss_weight') if key in old}
     if _name(old.get('type')) == 'AsymmetricLoss':
-        loss |= {key: old[key] for key in ('detach_focusing', 'reduction', 'ignore_index') if key in old}
+        loss |= {key: old[key] for key in ('detach_focusing', 'reduction', 'ignore_index', 'weight_unannotated',
+                                           'gamma_unannotated', 'implementation') if key in old}
     imports = list((cfg.get('custom_imports') or {}).get('imports', []))
     imports += [] if 'mmasl' in imports else ['mmasl']
     if any(key.isdigit() for key in place):
@@ -469,7 +488,7 @@ def margin_above_prior(site: LossSite) -> Mistake | None:
     clip = _largest(getattr(site.module, 'clip', 0.))
     if clip > 0 and site.own and site.negatives and site.own.silent > site.negatives / 2:
         return Mistake(
-            f'{site.own.silent:,} of {site.negatives:,} negatives have no gradient: the median one starts at p = '
+            f'{site.own.silent:,.0f} of {site.negatives:,.0f} negatives have no gradient: the median one starts at p = '
             f'{site.prior:.2g}, below the margin of {clip:g}', f'{site.key}.clip',
             'nothing is learnt of a negative until its probability has risen to the margin, and scores settle there',
             'clip=0, as in every dense detector; or a head whose bias starts it higher (it starts at the logit '

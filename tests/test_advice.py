@@ -75,7 +75,8 @@ def stats_of(counts, images: int = 10, kind: str = 'multi-label', ignored: int =
 
 def test_imbalance():
     stats = stats_of([3, 0, 12, 5], ignored=4)
-    assert stats.negatives_per_positive == (10 * 4 - 4 - 20) / 20
+    assert stats.negatives_per_positive() == (10 * 4 - 4 - 20) / 20
+    assert stats.negatives_per_positive(0.25) == (10 * 4 - 4 - 20 + 1) / 20
     assert stats.order.tolist() == [2, 3, 0] and stats.imbalance == 4 and stats.empty == ['b']
 
 
@@ -176,6 +177,33 @@ def test_ignored_and_unweighted_entries_do_not_count():
     assert_same(site.settings[0, 0, 0], advice.Gradient(2., 2.))
 
 
+@pytest.mark.parametrize('target', (torch.tensor([[1, 0, -1]] * 4), torch.tensor([0, 1, 9, 3])),
+                         ids=('dense', 'labels'))
+def test_labels_without_annotation_are_negatives_by_their_weight(target):
+    """Four of a quarter each, or three in a row that is marked; the others as they are."""
+    z = torch.zeros(4, 3)
+    index, positives, negatives, marked = (-1, 4, 4, 4) if target.dim() == 2 else (9, 2, 7, 3)
+    site = watched(AsymmetricLoss(0, 0, 0, ignore_index=index, weight_unannotated=0.25), z, target,
+                   settings=[(0, 0, 0), (4, 0, 0.6)])
+    assert (site.positives, site.negatives) == (positives, negatives + 0.25 * marked)
+    assert_same(site.own, advice.Gradient(positives / 2, (negatives + 0.25 * marked) / 2))
+    assert_same(site.own, site.settings[0, 0, 0])
+    assert site.settings[4, 0, 0.6].silent == site.negatives
+    weighted = watched(site.module, z, target, torch.tensor([0., 1., 1., 1.]), settings=[(0, 0, 0)])
+    assert (weighted.positives, weighted.negatives) == ((3, 3.75) if index == -1 else (1, 5.75))
+    assert_same(weighted.own, weighted.settings[0, 0, 0])
+
+
+def test_own_gradient_is_that_of_its_setting_with_a_gamma_of_the_unannotated(batch):
+    z, y = batch
+    target = y.float().masked_fill(torch.arange(300).reshape(50, 6) % 3 == 0, -1)
+    module = AsymmetricLoss(0, 2, 0.05, ignore_index=-1, weight_unannotated=0.5, gamma_unannotated=4, loss_weight=2.)
+    site = watched(module, z, target, settings=[(2, 0, 0.05), (4, 0, 0.05)])
+    assert_same(site.own, site.settings[2, 0, 0.05])
+    assert site.own.negative > site.settings[4, 0, 0.05].negative
+    assert site.negatives == (target == 0).sum() + 50
+
+
 def test_softmax_divides_its_gradient_evenly(batch):
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         module = MODELS.build(dict(type='CrossEntropyLoss'))
@@ -222,6 +250,7 @@ def classifier(z: float, **loss) -> LossSite:
 @pytest.mark.parametrize('images, kind, z, expected', (
     (100, 'multi-label', 0., (4, 0, 0.05)), (100, 'multi-label', -4.6, (4, 0, 0)), (10, 'multi-label', 0., (2, 0, 0)),
     (10, 'multi-label', -4.6, (2, 0, 0)),
+    (330, 'multi-label', 0., (4, 0, 0.05)), (350, 'multi-label', 0., (7, 0, 0.05)),
     (5000, 'multi-label', 0., (7, 0, 0.05)), (5000, 'multi-label', -4.6, (7, 0, 0)),
     (10, 'single-label', 0., (4, 0, 0.05)), (5000, 'single-label', 0., (4, 0, 0.05))))
 def test_suggestion_for_a_classifier(images, kind, z, expected):
@@ -229,6 +258,18 @@ def test_suggestion_for_a_classifier(images, kind, z, expected):
     assert suggestion.setting == expected and suggestion.alpha is None
     assert suggestion.setting in [*advice.STARTS, *LADDER.values()]
     assert any('no margin' in reason for reason in suggestion.reasons) == (z < 0 and expected != (2, 0, 0))
+
+
+@pytest.mark.parametrize('weight, expected', ((0., (2, 0, 0)), (0.1, (7, 0, 0.05)), (1., (7, 0, 0.05))))
+def test_suggestion_for_open_images(weight, expected):
+    """App. F's, if ten of an image's 9,605 labels are annotated, three of them positive, and the rest has a weight."""
+    images, classes = 1000, 9605
+    stats = LabelStats(tuple(map(str, range(classes))), np.bincount(np.arange(3 * images), minlength=classes),
+                       np.full(images, 3), images * (classes - 10), 'multi-label')
+    loss = dict(ignore_index=-1, weight_unannotated=weight) if weight else {}
+    suggestion = advice.suggest(stats, classifier(0., **loss))
+    assert suggestion.setting == expected
+    assert (f'a label without annotation counted as {weight:g} of them' in suggestion.reasons[0]) == (weight > 0)
 
 
 def test_suggestion_for_a_softmax():
@@ -249,6 +290,9 @@ def test_suggestion_for_a_detector(loss, target, alpha):
     ("head=dict(loss=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=2.))", dict(loss_weight=2.), ()),
     ("head=dict(loss=dict(type='mmasl.AsymmetricLoss', gamma_neg=9., detach_focusing=True, reduction='sum'))",
      dict(detach_focusing=True, reduction='sum'), ()),
+    (("head=dict(loss=dict(type='mmasl.AsymmetricLoss', gamma_neg=9., ignore_index=-1, weight_unannotated=0.1, "
+      "gamma_unannotated=7., implementation='eager'))"),
+     dict(ignore_index=-1, weight_unannotated=0.1, gamma_unannotated=7., implementation='eager'), ()),
     ("head=dict(type='MultiLabelClsHead')", {}, ('_delete_', 'reduction'))))
 def test_written_config(tmp_path, base, kept, absent):
     (tmp_path / 'base.py').write_text(f"custom_imports = dict(imports=['math'])\nmodel = dict({base})")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from PIL import Image
 
 from mmasl.datasets.digits import DigitScenes
 
@@ -99,6 +100,31 @@ custom_hooks = [dict(type='EMAHook', momentum=3e-4)]
     assert 'over 16 iterations' in report
     assert table(report)['the config'][3] == '100%'
     assert snippet(report).model.head.loss.clip == 0
+
+
+def test_labels_without_annotation(advise, tmp_path):
+    """Of 40 labels an image has one that is there and one that is not; the other 38 are half a negative each."""
+    ids = [f'{i:016x}' for i in range(8)]
+    for i in ids:
+        Image.new('RGB', (64, 64)).save(tmp_path / f'{i}.jpg')
+    Path('classes.csv').write_text('\n'.join(f'/m/{c},Class {c}' for c in range(40)))
+    Path('labels.csv').write_text('ImageID,Source,LabelName,Confidence\n' + ''.join(
+        f'{i},verification,/m/{c},1\n{i},verification,/m/{c + 20},0\n' for c, i in enumerate(ids)))
+    report = advise('resnet_asl_digits.py', RANDOM + f"""
+model['head'] = dict(init_cfg=None, loss=dict(ignore_index=-1, weight_unannotated=0.5))
+train_dataloader['dataset'] = dict(
+    _delete_=True, type='mmasl.OpenImages', data_root={str(tmp_path)!r}, ann_file='labels.csv',
+    class_file='classes.csv', description_file='classes.csv', unannotated='ignore', pipeline=[
+        dict(type='LoadImageFromFile'), dict(type='PackInputs')])
+""")
+    assert '304 labels ignored' in report and 'negatives per positive: 1 without the ignored' in report
+    assert '8 positives, 160 negatives (20 per positive)' in report
+    assert 'each label without annotation is 0.5 negatives' in report
+    assert '20 negatives per positive, a label without annotation counted as 0.5 of them: App. B' in report
+    rows = table(report)
+    assert rows['the config'] == rows['suggested below'] and rows['the config'][0] == '(4, 0, 0.05)'
+    loss = snippet(report).model.head.loss
+    assert (loss.ignore_index, loss.weight_unannotated) == (-1, 0.5)
 
 
 def test_softmax_classifier(advise, tmp_path):

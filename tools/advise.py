@@ -149,7 +149,8 @@ def render_labels(stats: LabelStats) -> str:
              (f'{what} per image: {per_image.mean():.3g} (from {per_image.min()} to {per_image.max()}; '
               f'{(per_image == 0).sum():,} images without any; {stats.ignored:,} {what} ignored)')]
     if not detection:
-        lines += [f'negatives per positive: {number(stats.negatives_per_positive)}']
+        lines += [f'negatives per positive: {number(stats.negatives_per_positive())}'
+                  + (' without the ignored' if stats.ignored else '')]
     rarest = stats.order[::-1]
     lines += [f'{what} per class: {number(stats.counts.mean())}, commonest over rarest: {number(stats.imbalance)}']
     if len(stats.classes) > BARS:
@@ -183,8 +184,10 @@ def name_setting(setting: Setting | None) -> str:
 def summarise(site: LossSite) -> str:
     ratio = site.negatives / site.positives if site.positives else math.inf
     text = (f'{site.key} ({type(site.module).__name__}{", on a softmax" if site.softmax else ""}): {site.positives:,} '
-            f'positives, {site.negatives:,} negatives ({number(ratio)} per positive), whose median starts at p = '
+            f'positives, {site.negatives:,.0f} negatives ({number(ratio)} per positive), whose median starts at p = '
             f'{site.prior:.2g}')
+    if site.weight_unannotated:
+        text += f'; each label without annotation is {site.weight_unannotated:g} negatives'
     return f'{text}; positives have {site.own.share:.1%} of the gradient' if site.own else text
 
 
