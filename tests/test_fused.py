@@ -67,6 +67,17 @@ def test_what_is_copied_and_what_is_read_in_place():
     assert_close(*results, rtol=0, atol=0)
 
 
+def test_a_tile_of_a_transposed_target_spans_more_than_int32():
+    """The classes of 17 million rows, of which two are looked at: the rest of the memory is never touched."""
+    rows, shape = 17_000_000, (2, 128)
+    logits, y = torch.randn(shape), torch.arange(256).view(shape) % 3 == 0
+    # As much in front, where a wrapped offset ends.
+    target = torch.empty(2 * 128 * rows, dtype=torch.bool).as_strided(shape, (1, rows), 128 * rows).copy_(y)
+    for kwargs in (dict(target=target), dict(target=target, weight=target), dict(target=y, weight=target)):
+        plain = dict.fromkeys(kwargs, y)
+        assert_close(*(asymmetric_loss(logits, implementation='triton', **x) for x in (kwargs, plain)), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize('classes', [1, 2, 5, 16, 20, 80, 100, 601, 9605])
 def test_tiles_waste_little(classes):
     size = fused._class_block(classes, 1)

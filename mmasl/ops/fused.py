@@ -133,7 +133,7 @@ def _kernel(z_ptr, target_ptr, quality_ptr, weight_ptr, gamma_pos_ptr, gamma_neg
     image = (tile_r // tiles_r).to(tl.int64)
     first_row = (tile_r % tiles_r).to(tl.int64) * BLOCK_R
     first_class = tile_c.to(tl.int64) * BLOCK_C
-    # What differs between elements is int32, whatever the size of the whole.
+    # Within a tile int32 does for the logits, whose rows or classes lie side by side; for the others see _load.
     r, c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     row_mask = r < tl.minimum(inner - first_row, BLOCK_R).to(tl.int32)
     class_mask = c < tl.minimum(classes - first_class, BLOCK_C).to(tl.int32)
@@ -227,8 +227,10 @@ def _kernel(z_ptr, target_ptr, quality_ptr, weight_ptr, gamma_pos_ptr, gamma_neg
 
 @triton.jit
 def _load(ptr, image, first_row, first_class, r, c, stride_outer, stride_row, stride_class, mask):
+    # In a tensor that is transposed a single tile may span more than int32.
     start = image * stride_outer + first_row * stride_row + first_class * stride_class
-    return tl.load(ptr + start + r[:, None] * stride_row + c[None, :] * stride_class, mask=mask, other=0)
+    offsets = r[:, None].to(tl.int64) * stride_row + c[None, :].to(tl.int64) * stride_class
+    return tl.load(ptr + start + offsets, mask=mask, other=0)
 
 
 @triton.jit
