@@ -185,7 +185,9 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
 
     The first term is Eq. 11 with the other sign: as printed there, ``gap - target``, it is positive feedback, since a
     larger gamma_neg raises the gap, and gamma_neg would run into a bound. The second damps: it stops gamma_neg from
-    running ahead while the gap still moves, as in the first updates, when the gap is near -0.9 whatever gamma_neg is.
+    running ahead while the gap still moves, as in the first updates. The gap starts at 2 p - 1, whatever gamma_neg is,
+    where p is the prior that the head's bias is set to. From p = 0.05 it rises; from p = 0.5, at which MMPretrain's
+    heads start, it first falls, and ``begin`` has to outlast that.
 
     The paper gives no step. The right one depends on the length of the training: in Table 3, as in our runs, the gap
     rises by 0.06 to 0.08 per unit of gamma_neg, so that it comes to its target about like exp(-0.06 * step * updates).

@@ -162,6 +162,19 @@ def test_gap_reaches_its_target_from_any_start(tmp_path, start, target):
     assert 0.1 < gamma.min() and gamma.max() < 15.9, 'not at a bound'
 
 
+@pytest.mark.parametrize('prior', [0.05, 0.5])
+@pytest.mark.parametrize('gamma', [0., 4.])
+def test_the_gap_starts_by_the_prior_of_the_head(tmp_path, prior, gamma):
+    """Whatever gamma_neg is; from the rate of the labels it rises, from 1/2 it falls first."""
+    model = Model(gamma_neg=gamma)
+    nn.init.constant_(model.shift, torch.tensor(prior).logit().item())
+    runner = make_runner(tmp_path, ProbabilityGapHook(), model, data=Task(1000))
+    runner.train()
+    gaps = logged(runner, 'gap')
+    assert gaps[0].item() == pytest.approx(2 * prior - 1, abs=1e-3)
+    assert gaps[5] > gaps[0] + 0.01 if prior == 0.05 else gaps[5] < gaps[0] - 0.01
+
+
 class PrintedSign(AdaptiveAsymmetryHook):
     """Eq. 11 as printed."""
 
