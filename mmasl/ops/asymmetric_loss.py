@@ -69,8 +69,8 @@ def asymmetric_loss(logits: Tensor,
         weight: Factor of the loss and the gradient, in a shape that broadcasts to that of ``logits``.
         return_sums: Also return what the probability gap (Eq. 9-10) is made of, from the probabilities that the loss
             computes anyway.
-        reduction: 'none', 'rows' (the sum over the classes) or 'sum'. The order of summation is fixed: a result is the
-            same in each run.
+        reduction: 'none', 'rows' (the sum over the classes) or 'sum'. The order of summation is fixed: loss and
+            gradient are the same in each run.
         scale: Factor of the result, a number or a tensor of shape (). A factor given here costs nothing, one that
             multiplies the result afterwards costs a pass over the gradient.
         implementation: 'triton' (one kernel; CUDA, not float64), 'inductor' (compiled; CPU), 'eager', or None for the
