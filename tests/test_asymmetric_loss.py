@@ -232,6 +232,15 @@ def test_ignored_elements_and_rows(setting):
     assert_close((loss[~ignored], grad[~ignored]), (kept, kept_grad))
 
 
+@pytest.mark.parametrize('quality', [-1., 2., math.nan])
+def test_the_quality_of_ignored_rows_may_be_anything(quality):
+    logits, labels = torch.randn(6, 3, generator=torch.Generator().manual_seed(6)), torch.tensor([0, 255, 2, 3, 255, 1])
+    qualities = torch.linspace(0, 1, 6)
+    expected = value_and_grad(asymmetric_loss, logits, (labels, qualities), ignore_index=255)
+    filled = qualities.masked_fill(labels == 255, quality)
+    assert_close(value_and_grad(asymmetric_loss, logits, (labels, filled), ignore_index=255), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize('shape', [(0, 5), (0, ), (3, 0), (0, 4, 5)], ids=str)
 def test_empty(shape):
     loss, grad = value_and_grad(asymmetric_loss, torch.zeros(shape), torch.zeros(shape))

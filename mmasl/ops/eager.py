@@ -177,6 +177,8 @@ class _Labels(_Dense):
                  dtype: torch.dtype) -> None:
         self.ignored = None if ignore_index is None else labels == ignore_index
         labels = labels.long() if self.ignored is None else labels.long().masked_fill(self.ignored, classes)
+        if quality is not None and self.ignored is not None:
+            quality = quality.masked_fill(self.ignored, 0)
         known = in_range(labels, classes, 'label', f'0 to {classes - 1} for a class, {classes} for background'
                          f'{"" if ignore_index is None else f", {ignore_index} to ignore"}', start)
         y = torch.ones_like(labels, dtype=dtype) if quality is None else in_range(
