@@ -122,7 +122,7 @@ def predict(run: Run) -> tuple[list[np.ndarray], list, tuple[str, ...]]:
     if 'data_preprocessor' in cfg:  # as MMEngine's Runner does
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     dataset, model = DATASETS.build(cfg.test_dataloader.dataset), MODELS.build(cfg.model)
-    load_checkpoint(model, run.checkpoint(), map_location='cpu')
+    load_checkpoint(model, run.last_checkpoint(), map_location='cpu')
     batch = pseudo_collate([dataset[number] for number in range(PICTURES)])
     images = [image.flip(0).permute(1, 2, 0).numpy() for image in batch['inputs']]
     return images, model.eval().test_step(batch), dataset.metainfo['classes']

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
-from reproduce import run_of
+from reproduce import run_of, settings
 
 from mmasl.cli import progress
 from mmasl.datasets.coco import CocoMultiLabel
@@ -39,13 +39,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainings = dict.fromkeys(
         best(row, results) for item in ('Table 2', 'Fig. 4', MISSING_LABELS) for row in rows(item, 'digits'))
     table = {(row['config'], row['options'], row['seed']): row for row in read_rows(path)}
-    runs = {(one.config, one.overrides, str(seed)): run_of(one, 'digits', seed, args.work_dir)
+    runs = {(one.config, one.overrides, str(seed)): (run_of(one, 'digits', seed, args.work_dir), settings(one))
             for one in trainings for seed in results.seeds(one)}
-    wanted = [key for key, run in runs.items() if key not in table and run.finished]
+    wanted = [key for key, (run, now) in runs.items()
+              if table.get(key, {}).get('settings') != now and run.state == 'finished']
     if wanted and (scenes := digits_of(COMPLETE)):
         scenes.write(COMPLETE)
     for key in progress(wanted, 'trainings'):
-        table[key] = dict(zip(('config', 'options', 'seed'), key, strict=True)) | measure(runs[key])
+        run, now = runs[key]
+        table[key] = dict(zip(('config', 'options', 'seed'), key, strict=True)) | dict(settings=now) | measure(run)
         write_rows(path, [table[one] for one in sorted(table)])
     if not table:
         raise SystemExit(f'No finished trainings in {args.out}: run tools/reproduce.py --missing-labels first')
@@ -56,7 +58,7 @@ def measure(run: Run) -> dict[str, str]:
     """Means of p, and shares of the sum of |dL/dz|, by the kind of label, in the images that a run has trained on."""
     cfg = Config.fromfile(run.config)
     cfg.merge_from_dict(run.options)
-    model = MultiLabelInferencer(cfg, run.checkpoint()).model
+    model = MultiLabelInferencer(cfg, run.last_checkpoint()).model
     train: dict[str, Any] = dict(ann_file='annotations/instances_train.json', data_prefix=dict(img_path='train/'))
     cfg.test_dataloader.dataset.update(train)
     complete = CocoMultiLabel(data_root=COMPLETE, **train)
@@ -76,8 +78,8 @@ def measure(run: Run) -> dict[str, str]:
         size = torch.autograd.grad(loss, z)[0].abs()
         for kind, where in enumerate((annotated, true & ~annotated, ~true)):
             p_sum[kind] += z[where].sigmoid().sum().item()
-            gradient[kind] += size[where].sum()
-            count[kind] += where.sum()
+            gradient[kind] += size[where].sum().item()
+            count[kind] += where.sum().item()
     means, shares = p_sum / count, 100 * gradient / gradient.sum()
     return {f'{name}_{kind}': f'{value:.4g}' if count[place] else ''
             for name, values in (('p', means), ('gradient', shares))

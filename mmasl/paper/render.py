@@ -43,7 +43,11 @@ class Results:
 
     def seeds(self, training: Training) -> list[int]:
         """Seeds that have been trained, ascending."""
-        return sorted(int(row['seed']) for row in self._of(training, self.rows))
+        return sorted(int(row['seed']) for row in self.of(training))
+
+    def of(self, training: Training) -> list[dict]:
+        """The rows of a training, one a seed."""
+        return self._of(training, self.rows)
 
     def scores(self, training: Training, scalar: str) -> dict[int, float]:
         """A scalar of the trained seeds."""
@@ -81,7 +85,8 @@ def shown(item: str, data: str, found: Iterable[Row]) -> tuple[str, ...]:
     if data == 'digits' or item in CURVES or item == 'Table 13':
         return SHOWN.get(item, ('mAP', 'CF1', 'gap'))
     columns = (entry.column for row in found if row.trainings for entry in row.entries)
-    return tuple(dict.fromkeys(COLUMNS[column] for column in columns if column in COLUMNS)) or ('mAP', )
+    scalars = dict.fromkeys(COLUMNS[column] for column in columns if column in COLUMNS) or ('mAP', )
+    return tuple(sorted(scalars, key=lambda scalar: scalar == 'gamma_neg'))  # a result of the training, not its score
 
 
 def render(item: str, results: Results) -> str:

@@ -30,6 +30,7 @@ train_dataloader = dict(
     num_workers=8,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(pipeline=train_pipeline))
+auto_scale_lr = dict(base_batch_size=128)
 val_dataloader = dict(
     batch_size=32,
     num_workers=8,
