@@ -29,6 +29,9 @@ def search(tmp_path, monkeypatch):
             score = 1000 * run.options['param_scheduler.eta_max']
             folder.joinpath('scalars.json').write_text('\n'.join(json.dumps(
                 {'step': step, 'multi-label/mAP': score - 0.5 * (step == 7)}) for step in (7, 8)))
+            run.finish()
+            if score == 13:
+                raise SystemExit('terminated')
 
     def call(*flags):
         search_lr.main([CONFIG, *flags, '--work-dir', str(tmp_path / 'work'), '--out', str(tmp_path / 'lr.csv')])
@@ -66,3 +69,21 @@ def test_rows_without_a_column_of_overrides_are_kept(search, tmp_path):
 def test_a_config_that_is_not_there(search):
     with pytest.raises(SystemExit, match='configs/nowhere.py'):
         search_lr.main(['configs/nowhere.py', '--lr', '0.01'])
+
+
+def test_an_interrupted_search_leaves_its_rows(search, tmp_path):
+    with pytest.raises(SystemExit, match='terminated'):
+        search('--lr', '0.012', '0.013', '0.014')
+    assert [row['lr'] for row in read_rows(tmp_path / 'lr.csv')] == ['0.012', '0.013']
+
+
+@pytest.mark.parametrize('config, key', [
+    ('resnet_asl_digits', 'param_scheduler.eta_max'), ('tresnet-l_paper_asl_coco', 'param_scheduler.0.eta_max'),
+    ('tresnet-l_official_asl_coco', 'param_scheduler.0.eta_max')])
+def test_the_rate_of_a_config(config, key):
+    assert search_lr.one_cycle(str(ROOT / 'configs' / f'{config}.py')) == key
+
+
+def test_a_config_without_one_cycle():
+    with pytest.raises(SystemExit, match='fcos_asl_coco.py has no OneCycleLR in param_scheduler'):
+        search_lr.one_cycle(str(ROOT / 'configs' / 'fcos_asl_coco.py'))

@@ -47,14 +47,17 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--targets', type=float, nargs='*', default=[0., 0.1, 0.2, 0.3], help='targets of Table 3')
     parser.add_argument('--starts', type=float, nargs='*', default=[0., 8.], help='gamma_neg to start them from')
-    parser.add_argument('--gammas', type=float, nargs='*', default=[0., 1., 2., 3., 4., 6.], help='fixed gamma_neg')
+    parser.add_argument('--gammas', type=float, nargs='+', default=[0., 1., 2., 3., 4., 6.], help='fixed gamma_neg')
     parser.add_argument('--choices', action=argparse.BooleanOptionalAction, default=True,
                         help='also vary the step, the window and the beginning of the control')
     parser.add_argument('--seeds', type=int, default=5, help='seeds of the fixed ones and of the attempts')
     parser.add_argument('--work-dir', default='work_dirs/sweep_asymmetry', help='folder of the runs')
     parser.add_argument('--out', type=Path, default=Path('benchmarks/adaptive'), help='folder of rows and figures')
     parser.add_argument('--jobs', type=int, help='runs side by side (default: one per core)')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f'--seeds {args.seeds}: at least one')
+    return args
 
 
 def main() -> None:
