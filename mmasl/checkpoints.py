@@ -290,7 +290,7 @@ class AdaptCheckpointHook(Hook):
     - A file of the official repository gets MMEngine's layout, see :func:`convert_official`.
     - Where the classes of the checkpoint, or their order, differ from those of the data set, the rows of the head go by
       the names. Those of classes that the checkpoint lacks start training as the model has them, with a warning; a test
-      is refused.
+      is refused. So it is with heads that have more of each class than the rows of a linear layer, as queries.
 
     Resuming is left alone.
 
@@ -303,8 +303,8 @@ class AdaptCheckpointHook(Hook):
 
     Raises:
         KeyError: An alias is no class of the data set.
-        CheckpointError: A class that is to be tested is not in the checkpoint; or, with ``by_name=False``, it has
-            another number of classes.
+        CheckpointError: A class that is to be tested is not in the checkpoint, or the head cannot be sorted; or, with
+            ``by_name=False``, the checkpoint has another number of classes.
     """
     priority = 'VERY_HIGH'  # before EMAHook, which copies the checkpoint's weights
 
@@ -338,17 +338,30 @@ class AdaptCheckpointHook(Hook):
         while hasattr(model, 'module'):  # of DDP and of test-time augmentation
             model = model.module
         own, state, missing = model.state_dict(), checkpoint['state_dict'], list[str]()
-        for key in (f'{self.head}.weight', f'{self.head}.bias'):
-            if key in state and key in own and len(state[key]) == len(source) and len(own[key]) == len(target):
-                state[key], missing = match_rows(state[key], source, target, own[key], self.aliases)
+        linear = [key for key in (f'{self.head}.weight', f'{self.head}.bias') if key in state and key in own]
+        rows = [key for key in linear if (len(state[key]), len(own[key])) == (len(source), len(target))]
+        part = self.head.rpartition('.')[0] + '.'
+        others = [key for key in own if key.startswith(part) and key in state and key not in linear
+                  and len(target) in own[key].shape]
+        others += [key for key in linear if rows and key not in rows]
+        if others:
+            text = (f'{runner._load_from} has other classes than the data set, or in another order, and {others[0]} '
+                    'belongs to classes too, but is not the rows of a linear layer, which mmasl.AdaptCheckpointHook '
+                    'sorts by name')
+            if not isinstance(runner._train_loop, BaseLoop):
+                raise CheckpointError(f'{text}: take the config that it was trained with, and its data')
+            print_log(f'{text}: the head starts in the order of the checkpoint', 'current', logging.WARNING)
+            return
+        for key in rows:
+            state[key], missing = match_rows(state[key], source, target, own[key], self.aliases)
         if not missing:
             return
         words = f'{len(missing)} of {len(target)} classes are not in the checkpoint'
         if not isinstance(runner._train_loop, BaseLoop):  # nobody would train their rows
-            others = sorted(set(source) - set(target))
+            unused = sorted(set(source) - set(target))
             raise CheckpointError(
                 f'{runner._load_from} cannot be tested: {words}: {_listed(missing)}. Of its own, the data set lacks '
-                f'{_listed(others) or "none"}. Take the config of its classes, or say which are the same in aliases of '
+                f'{_listed(unused) or "none"}. Take the config of its classes, or say which are the same in aliases of '
                 'mmasl.AdaptCheckpointHook; or, if it is known to have the classes of the data set in their order, '
                 'under other names, set by_name=False there')
         print_log(f'{words} and start anew: {", ".join(missing[:20])}', 'current', logging.WARNING)

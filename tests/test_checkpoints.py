@@ -274,6 +274,46 @@ def test_a_test_of_classes_that_the_checkpoint_lacks_is_refused():
     assert state['state_dict']['head.fc.bias'].tolist() == [2, 1]
 
 
+HEADS = {'Query2Label': (dict(type='mmasl.Query2LabelHead', embed_dims=8, num_heads=2, feedforward_channels=8),
+                         'head.queries'),
+         'ML-Decoder, a query a class': (dict(type='mmasl.MLDecoderHead', embed_dims=8, num_heads=2,
+                                              feedforward_channels=8), 'head.queries'),
+         'ML-Decoder, groups': (dict(type='mmasl.MLDecoderHead', embed_dims=8, num_heads=2, feedforward_channels=8,
+                                     num_groups=2), 'head.fc.weight')}
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_heads_that_are_more_than_linear_are_not_sorted_by_half(name, monkeypatch):
+    logged = []
+    monkeypatch.setattr('mmasl.checkpoints.print_log', lambda message, *_: logged.append(message))
+    settings, key = HEADS[name]
+    model = nn.Module()
+    model.head = MODELS.build(dict(settings, num_classes=5, in_channels=4, loss=dict(type='mmasl.AsymmetricLoss')))
+    names = tuple('abcde')
+    checkpoint = dict(meta=dict(dataset_meta=dict(classes=names)), state_dict=model.state_dict())
+    before = dict(checkpoint['state_dict'])
+    with pytest.raises(CheckpointError, match=f'a.pth has other classes .* and {key} belongs to classes too'):
+        adapt(checkpoint, model, names[::-1], training=False)
+    adapt(checkpoint, model, names[::-1])
+    assert len(logged) == 1 and 'starts in the order of the checkpoint' in logged[0]
+    adapt(checkpoint, model, names, training=False)
+    assert all(checkpoint['state_dict'][name] is value for name, value in before.items())
+
+
+def test_a_head_that_knows_its_classes_by_their_texts_alone_takes_any():
+    def build(count):
+        model = nn.Module()
+        model.head = MODELS.build(dict(
+            HEADS['ML-Decoder, groups'][0], num_groups=None, num_classes=count, in_channels=4,
+            label_embeddings=torch.eye(5)[:count].tolist(), loss=dict(type='mmasl.AsymmetricLoss')))
+        return model
+
+    checkpoint = dict(meta=dict(dataset_meta=dict(classes=tuple('abcde'))), state_dict=build(5).state_dict())
+    kept = dict(checkpoint['state_dict'])
+    adapt(checkpoint, build(3), tuple('xyz'), training=False)
+    assert all(checkpoint['state_dict'][name] is value for name, value in kept.items())
+
+
 @pytest.mark.parametrize('training', [False, True], ids=['test', 'training'])
 def test_rows_in_their_order(training):
     state = adapt(mmengine_file(('a', 'B', 'b')), Linear(3), ('a', 'b', 'c'), training=training, by_name=False)
