@@ -9,6 +9,8 @@ import os.path as osp
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from rich.progress import track
 
 from mmasl.checkpoints import FitCheck, load_only_data
 from mmasl.checks import add_checks, plain_errors
+from mmasl.datasets.digits import DigitScenes
+from mmasl.paper.experiments import digits_of
 from mmasl.resume import DiskFull, is_full
 
 SOURCES = {  # pattern in the path of a missing file: where to get it
@@ -34,11 +38,7 @@ SOURCES = {  # pattern in the path of a missing file: where to get it
                 '  (https://github.com/Alibaba-MIIL/ASL), in data/nus_wide/.',
     'open_images': 'Open Images: image labels and class lists of\n'
                    '  https://storage.googleapis.com/openimages/web/download.html, in data/open_images/.',
-    'nybg2020': 'Herbarium 2020: https://www.kaggle.com/c/herbarium-2020-fgvc7/data, in data/nybg2020/.',
-    'digits(?!_hard)': 'Digits: python tools/make_digits.py data/digits',
-    'digits_hard': 'Harder digits: python tools/make_digits.py data/digits_hard --train 6000 --long-tail 0.7\n'
-                   '  --missing 0.3',
-    'glyphs': 'Glyphs: python tools/make_digits.py data/glyphs --single --size 32'}
+    'nybg2020': 'Herbarium 2020: https://www.kaggle.com/c/herbarium-2020-fgvc7/data, in data/nybg2020/.'}
 NO_DOWNLOAD = ('Without any download: make demo; or python tools/make_digits.py data/digits, then\n'
                '  configs/fcos_asl_digits.py (detection) or configs/resnet_asl_digits.py (classification).')
 DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')  # these fetch their files themselves
@@ -104,6 +104,12 @@ def set_dataloader_defaults(cfg: Config, *splits: str) -> None:
             loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
 
 
+def drop_pretrained(cfg: Config) -> None:
+    """Leave out the download of a timm backbone's weights, which a checkpoint replaces."""
+    if cfg.model.get('backbone', {}).get('pretrained') is True:
+        cfg.model.backbone.pretrained = False
+
+
 def require_file(path: str, what: str, cure: str = '') -> None:
     """Exit if a local file does not exist; URLs and ``torchvision://`` names pass."""
     if '://' not in path and not osp.isfile(osp.expanduser(path)):
@@ -127,11 +133,22 @@ def check_data(cfg: Config, *splits: str) -> None:
                     if '://' not in path and not osp.exists(osp.expanduser(path))}
     if missing:
         cures = [cure for mark, cure in SOURCES.items() if re.search(mark, ' '.join(missing.values()))]
+        roots = dict.fromkeys(str(folder) for path in missing.values() for folder in (Path(path), *Path(path).parents))
+        cures += [f'Digits: {make_digits(root, digits)}' for root in roots if (digits := digits_of(root))]
         raise SystemExit('\n'.join([
             f'Missing data (relative paths start at {os.getcwd()}):',
             *(f'  {path}   <- {key}' for key, path in missing.items()), *cures,
-            'Data in another place: name it with --cfg-options, as in train_dataloader.dataset.data_root=PATH.',
+            'Data in another place: link it to this one (ln -s), or give its place to tools/train.py, as in',
+            '  --cfg-options train_dataloader.dataset.data_root=PATH.',
             NO_DOWNLOAD]))
+
+
+def make_digits(root: str, digits: DigitScenes) -> str:
+    """The command that writes some digits."""
+    usual = DigitScenes(single=digits.single, labels_per_image=1.) if digits.single else DigitScenes()
+    values = {field.name: getattr(digits, field.name) for field in fields(DigitScenes)}
+    flags = [f'--{name.replace("_", "-")} {value}' for name, value in values.items() if value != getattr(usual, name)]
+    return ' '.join([f'python tools/make_digits.py {root}', *['--single'] * digits.single, *flags])
 
 
 def _dataset_paths(dataset: dict, key: str) -> Iterator[tuple[str, str]]:

@@ -3,11 +3,13 @@ import errno
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -160,12 +162,34 @@ def test_missing_data_of_the_shipped_configs(config, path, place, source, folder
 
 @pytest.mark.parametrize('config, command, other', (
     ('resnet_asl_digits', 'make_digits.py data/digits\n', '--missing'),
-    ('resnet_adaptive_digits_hard', 'make_digits.py data/digits_hard --train 6000', 'Digits: ')))
+    ('resnet_ce_glyphs', 'make_digits.py data/glyphs --single --size 32\n', '--missing'),
+    ('resnet_adaptive_digits_hard', 'make_digits.py data/digits_hard --train 6000 --long-tail 0.7 --missing 0.3\n',
+     'labels-per-image')))
 def test_missing_digits_have_a_cure_of_their_own(config, command, other):
     with pytest.raises(SystemExit) as stop:
         TRAIN.configure(TRAIN.build_parser().parse_args([
             str(ROOT / 'configs' / f'{config}.py'), '--cfg-options', 'model.backbone.init_cfg=None']))
     assert command in stop.value.code and other not in stop.value.code
+
+
+def test_digits_are_made_by_the_command_that_is_named(monkeypatch):
+    maker = load_tool('make_digits')
+    written = []
+    monkeypatch.setattr(maker.DigitScenes, 'write', lambda self, root, overwrite: written.append((root, self)))
+    roots = ['data/glyphs', 'data/digits', 'data/digits_hard', 'data/digits_hard_missing0', 'data/digits_hard_labels5']
+    for root in roots:
+        monkeypatch.setattr(sys, 'argv', cli.make_digits(root, cli.digits_of(root)).split()[1:])
+        maker.main()
+    assert written == [(root, cli.digits_of(root)) for root in roots]
+
+
+@pytest.mark.parametrize('config', ['resnet_bce_digits_paper', 'tresnet_asl_digits_paper', 'resnet_asl_digits'])
+def test_missing_start_has_its_own_config(config):
+    """Each start of the digits is made by another config."""
+    with pytest.raises(SystemExit) as stop:
+        TRAIN.configure(TRAIN.build_parser().parse_args([str(ROOT / 'configs' / f'{config}.py')]))
+    start, = re.findall(r'train it first \(python tools/train.py (\S+)\)', stop.value.code)
+    assert Path(start).is_file() and f'work_dirs/{Path(start).stem}/' in stop.value.code
 
 
 def test_missing_data_is_reported_whole_and_alone():
@@ -205,6 +229,45 @@ def test_remote_data_is_left_to_its_backend():
     ('test', ['--cfg-options', 'test_dataloader=None'], 'c.py has no test_dataloader')))
 def test_missing_files(tool, argv, message):
     assert message in refusal(tool, *argv)
+
+
+@pytest.mark.parametrize('broken', ['building', 'training'])
+def test_a_download_out_of_reach(broken, monkeypatch):
+    """timm's is made while the model is built, torch.hub's where its weights are initialised."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    class Runner:
+        hooks = ()
+        register_hook = staticmethod(lambda hook: None)
+
+        def train(self):
+            raise URLError('no route')
+
+    def build(cfg):
+        if broken == 'building':
+            raise LocalEntryNotFoundError('no route')
+        return Runner()
+
+    monkeypatch.setattr(TRAIN, 'build_runner', build)
+    monkeypatch.setattr(TRAIN, 'check_coco_files', lambda *_: None)
+    with pytest.raises(SystemExit, match=r'could not be downloaded \(.*no route.*model.backbone.pretrained=False'):
+        TRAIN.main(['c.py'])
+
+
+def test_another_failure_keeps_its_traceback(monkeypatch):
+    def build(cfg):
+        raise FileNotFoundError('something else')
+
+    monkeypatch.setattr(TRAIN, 'build_runner', build)
+    with pytest.raises(FileNotFoundError, match='something else'):
+        TRAIN.main(['c.py'])
+
+
+def test_what_a_checkpoint_replaces_is_not_downloaded():
+    for tool, flags in (('test', ()), ('train', ('--resume', 'weights.pth'))):
+        cfg = configure(tool, '--cfg-options', 'model.backbone.pretrained=True', *flags)
+        assert cfg.model.backbone.pretrained is False
+    assert configure('train', '--cfg-options', 'model.backbone.pretrained=True').model.backbone.pretrained is True
 
 
 def test_missing_pretrained_weights():

@@ -13,6 +13,7 @@ from mmasl.checks import check_coco_files
 from mmasl.cli import (
     build_runner,
     check_data,
+    drop_pretrained,
     faults,
     is_classification,
     load_config,
@@ -49,8 +50,7 @@ def configure(args: argparse.Namespace) -> Config:
         raise SystemExit(f'{args.config} has no test_dataloader')
     require_file(args.checkpoint, 'checkpoint')
     cfg.load_from, cfg.resume = args.checkpoint, False
-    if cfg.model.get('backbone', {}).get('pretrained') is True:
-        cfg.model.backbone.pretrained = False  # timm would download what the checkpoint replaces
+    drop_pretrained(cfg)
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.show or args.show_dir:

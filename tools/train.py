@@ -1,7 +1,9 @@
 """Train a detector of MMDetection or a classifier of MMPretrain from its config."""
 import argparse
+import os.path as osp
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.error import URLError
 
 from mmengine.config import Config, ConfigDict
@@ -11,6 +13,7 @@ from mmasl.checks import check_coco_files
 from mmasl.cli import (
     build_runner,
     check_data,
+    drop_pretrained,
     faults,
     load_config,
     make_parser,
@@ -45,13 +48,19 @@ def configure(args: argparse.Namespace) -> Config:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     set_resume(cfg, args.resume)
     if cfg.get('load_from'):
-        require_file(cfg.load_from, 'checkpoint')
+        require_file(cfg.load_from, 'checkpoint', f': {maker(cfg.load_from, args.config)}')
     for path in pretrained_files(cfg.model):
-        require_file(path, 'file of pretrained weights', ': train it first (that of the digits with configs/'
-                     'resnet_ce_glyphs.py), or leave it out with --cfg-options model.backbone.init_cfg=None')
+        require_file(path, 'file of pretrained weights', f': {maker(path, args.config)}, or leave it out with '
+                     '--cfg-options model.backbone.init_cfg=None')
     check_data(cfg, 'train', 'val')
     set_dataloader_defaults(cfg, 'train', 'val', 'test')
     return cfg
+
+
+def maker(checkpoint: str, config: str) -> str:
+    """How to come by a checkpoint: the config beside ``config`` whose work dir it lies in, if there is one."""
+    path = osp.join(osp.dirname(config), osp.basename(osp.dirname(checkpoint)) + '.py')
+    return f'train it first (python tools/train.py {path})' if osp.isfile(path) else 'name a file that is there'
 
 
 def enable_amp(optim_wrapper: ConfigDict) -> None:
@@ -90,6 +99,7 @@ def set_resume(cfg: Config, resume: str | None) -> None:
     cfg.resume = bool(resume)
     if resume:
         cfg.load_from = resume
+        drop_pretrained(cfg)
 
 
 def pretrained_files(model: dict | list | tuple) -> Iterator[str]:
@@ -103,16 +113,26 @@ def pretrained_files(model: dict | list | tuple) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = configure(parse_args(build_parser(), argv))
-    runner = build_runner(cfg)
-    if not any(isinstance(hook, ResumeHook) for hook in runner.hooks):
-        runner.register_hook(ResumeHook())
-    if not cfg.resume:
-        runner.register_hook(FitCheck(whole=False))  # a head for other classes starts anew
-    try:
+    with downloads():  # timm's are made where the model is built, the others' where its weights are initialised
+        runner = build_runner(cfg)
+        if not any(isinstance(hook, ResumeHook) for hook in runner.hooks):
+            runner.register_hook(ResumeHook())
+        if not cfg.resume:
+            runner.register_hook(FitCheck(whole=False))  # a head for other classes starts anew
         with faults(cfg.work_dir):
             check_coco_files(cfg, 'train', 'val')
             runner.train()
-    except URLError as error:
+
+
+@contextmanager
+def downloads() -> Iterator[None]:
+    """End in a message alone where pretrained weights are out of reach."""
+    try:
+        yield
+    except Exception as error:
+        hub = sys.modules.get('huggingface_hub.errors')  # there only with timm, which downloads by it
+        if not isinstance(error, (URLError, getattr(hub, 'LocalEntryNotFoundError', URLError))):
+            raise
         raise SystemExit(f'Pretrained weights could not be downloaded ({error}): set init_cfg.checkpoint in the model '
                          'to a file, or train from scratch with --cfg-options model.backbone.init_cfg=None '
                          '(model.backbone.pretrained=False for a backbone of timm)') from None
