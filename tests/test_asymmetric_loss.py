@@ -125,6 +125,18 @@ def test_extreme_logits(setting, detach, dtype, positive, implementation):
 
 
 @settings
+@pytest.mark.parametrize('positive', [True, False], ids=['positive', 'negative'])
+def test_small_values_have_as_many_digits(setting, positive):
+    """Down to where float32 has them; what a product with p^2 in it has long lost."""
+    logits = torch.linspace(-85, 85, 69)  # p and 1 - p are normal numbers
+    loss, grad = value_and_grad(asymmetric_loss, logits, torch.full_like(logits, positive), *setting)
+    seen = tuple(x if x is None else torch.tensor(x).item() for x in setting)
+    expected, expected_grad = torch.tensor([exact(z, positive, *seen, False) for z in logits.tolist()],
+                                           dtype=torch.float64).T
+    assert_close((loss.double(), grad.double()), (expected, expected_grad), rtol=2e-5, atol=1e-37)
+
+
+@settings
 @dtypes
 def test_largest_numbers_stay_finite(setting, dtype):
     top = torch.finfo(dtype).max

@@ -41,6 +41,18 @@ def test_dense_sum_and_extremes():
         assert_close(grad[0].double(), torch.tensor(expected, dtype=torch.float64), rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize('setting', WITHOUT_ALPHA, ids=str)
+@pytest.mark.parametrize('positive', [True, False], ids=['positive', 'negative'])
+def test_small_values_have_as_many_digits(setting, positive):
+    """The formula before it is compiled, as tests/test_asymmetric_loss.py does for the others."""
+    logits, sign = torch.linspace(-104, 104, 105), -1 if positive else 1
+    gamma, clip = torch.tensor([setting[0], 0.] if positive else setting[1:3])
+    loss, slope, _, _ = compiled._negative_part(sign * logits, gamma, clip, False)
+    expected = torch.tensor([exact(z, positive, gamma.item(), gamma.item(), clip.item(), None, False)
+                             for z in logits.tolist()], dtype=torch.float64).T
+    assert_close(torch.stack([loss, sign * slope]).double(), expected, rtol=2e-5, atol=1e-37)
+
+
 def test_labels_with_ignored_rows_and_weight():
     compare('labels', WITHOUT_ALPHA, ignore_index=2, weight=torch.linspace(0, 2, 37)[:, None], reduction='sum',
             scale=0.5)

@@ -129,13 +129,13 @@ def _negative_part(z: Tensor, gamma: Tensor, clip: Tensor, detach_focusing: bool
     p, q = torch.where(z >= 0, r, e * r), torch.where(z >= 0, e * r, r)
     p_m, rest = (p - clip).clamp(min=0), q + clip
     # -log(1 - p_m), by one logarithm: for small p_m that of the rounded 1 - p_m, corrected for the rounding, else of
-    # q + m. It is never above z; from where q underflows, it is z.
+    # q + m, or z, which it is to rounding long before q underflows.
     small = p_m < 0.5
     whole = torch.where(small, 1 - p_m, rest)
     rounded = torch.where(small, 1 - whole, 1.)
     log_term = -whole.log() * torch.where(small & (rounded > 0), p_m / rounded, 1.)
     log_term = torch.where(small & (rounded == 0), p_m, log_term)
-    log_term = torch.minimum(log_term, z.clamp(min=40.))
+    log_term = torch.where((z > 40) & (clip == 0), z, log_term)
     # With p_m^(gamma - 1) nothing is divided by p_m; kept above 0, its powers are finite.
     p_m = p_m.clamp(min=torch.finfo(z.dtype).tiny)
     power = ((gamma - 1) * p_m.log()).exp()
@@ -143,4 +143,5 @@ def _negative_part(z: Tensor, gamma: Tensor, clip: Tensor, detach_focusing: bool
     if not detach_focusing:
         slope = slope + gamma * (q * log_term)
     # At p = m the side p > m counts: gamma = 0 without a margin is cross-entropy everywhere.
-    return p_m * log_term * power, torch.where(p < clip, 0., slope * p * power), p, q
+    # The power first: it is large where the other factors' product would underflow.
+    return p_m * power * log_term, torch.where(p < clip, 0., slope * power * p), p, q
