@@ -9,7 +9,7 @@ import torch
 from test_asymmetric_loss import SETTINGS, batch_of, exact, value_and_grad
 from torch.testing import assert_close
 
-from mmasl.ops import asymmetric_loss, compiled
+from mmasl.ops import asymmetric_loss, compiled, eager
 from mmasl.ops.asymmetric_loss import _pick
 
 WITHOUT_ALPHA = [setting for setting in SETTINGS.values() if setting[3] is None]  # alpha is another compilation
@@ -51,6 +51,18 @@ def test_small_values_have_as_many_digits(setting, positive):
     expected = torch.tensor([exact(z, positive, gamma.item(), gamma.item(), clip.item(), None, False)
                              for z in logits.tolist()], dtype=torch.float64).T
     assert_close(torch.stack([loss, sign * slope]).double(), expected, rtol=2e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize('form', ['dense', 'bool', 'soft', 'labels'])
+def test_alpha_in_float64(form):
+    """Again before it is compiled."""
+    logits, target = batch_of(form, 37, 11)
+    parameters = torch.tensor([0.5, 0.3, 0.05, 1.], dtype=torch.float64)
+    settings = (None, None, *parameters, 0.7, False, None, 'sum', True, True, False, None)
+    expected = eager.run(logits.double(), target, *settings)
+    found = compiled._formula(logits.double(), target.reshape(37, -1), *settings, soft=form == 'soft',
+                              dense=form != 'labels')
+    assert_close(found[:2], expected[:2], rtol=1e-12, atol=1e-12)
 
 
 def test_labels_with_ignored_rows_and_weight():

@@ -101,8 +101,9 @@ def _formula(z: Tensor, y: Tensor, quality: Tensor | None, weight: Tensor | None
         loss, grad, p, q = _negative_part(torch.where(hard, -z, z), torch.where(hard, gamma_pos, gamma_neg),
                                           torch.where(hard, 0., clip), detach_focusing)
         p, q = torch.where(hard, q, p), torch.where(hard, p, q)
-        loss = loss * torch.where(hard, alpha_pos, alpha_neg)
-        grad = grad * torch.where(hard, -alpha_pos, alpha_neg)
+        # Of two numbers alone torch.where makes float32.
+        loss = torch.where(hard, alpha_pos * loss, alpha_neg * loss)
+        grad = torch.where(hard, -alpha_pos * grad, alpha_neg * grad)
     counted = torch.ones_like(z) if used is None else used.to(z.dtype).expand_as(z)
     if weight is not None:
         counted = counted * (weight != 0)
