@@ -82,6 +82,19 @@ def test_differences_are_on_common_seeds(tmp_path):
     assert '| +0.2 ± 0.0 |' in text  # seed 0, 30 points lower, is not among the first row's
 
 
+def test_points_are_compared_at_the_same_place(tmp_path):
+    """Of what is varied beside the loss: each loss against cross-entropy there, a backbone's against its own."""
+    write(tmp_path, MISSING_LABELS)
+    head, _, *lines = render(MISSING_LABELS, Results(tmp_path, 'digits')).splitlines()
+    place = [cell.strip() for cell in head.split('|')].index('against CE, same point')
+    cells = [[cell.strip() for cell in line.split('|')] for line in lines if line]
+    assert [line[place] for line in cells] == [*[''] * 5, *['+0.5 ± 0.0'] * 5, *['+1.0 ± 0.0'] * 5]
+    for item, count in (('Fig. 8', 3), ('Table 13', 2), *dict.fromkeys(OWN, 3).items()):
+        labels = {row.label for row in rows(item, 'digits')}
+        assert len({row.against for row in rows(item, 'digits')}) * count == len(labels)
+        assert {row.against for row in rows(item, 'digits')} < labels
+
+
 def test_what_is_known_of_the_missing_labels_stands_beside_the_scores(tmp_path):
     one = rows(MISSING_LABELS, 'digits')[3].trainings[0]
     write(tmp_path, MISSING_LABELS)

@@ -120,6 +120,7 @@ class Row:
         entries: The paper's numbers.
         series, x: In a figure, the curve and the place of the point; None where there is no axis.
         command: Of a row without training.
+        against: Label of the row that it is compared with; by default the first of the item.
     """
     item: str
     label: str
@@ -128,6 +129,7 @@ class Row:
     series: str = ''
     x: float | None = None
     command: str = ''
+    against: str = ''
 
     @property
     def cited(self) -> bool:
@@ -273,7 +275,8 @@ def _fig8(data: str, entries: list[Entry]) -> Iterator[Row]:
             pattern = stem + ('_{}_coco' if data == 'real' else '_{}_digits_paper')
             label = f'{name}, {printed}' if name != 'OFA-595' else f'EfficientNet-B1 for OFA-595, {printed}'
             known = tuple(e for e in entries if (e.row, e.column) == (printed, name) and e.value is not None)
-            yield Row('Fig. 8', label, (_training(pattern, loss.kind, loss), ), known, printed)
+            yield Row('Fig. 8', label, (_training(pattern, loss.kind, loss), ), known, printed,
+                      against=label.replace(printed, 'Cross-entropy'))
 
 
 def _table13(data: str, entries: list[Entry]) -> Iterator[Row]:
@@ -281,7 +284,8 @@ def _table13(data: str, entries: list[Entry]) -> Iterator[Row]:
         for printed, kind in {'Focal Loss': 'focal', 'ASL': 'asl'}.items():
             config = f'{model}_tresnet-m_{kind}_coco' if data == 'real' else f'{model}_{kind}_digits'
             known = _named(entries, printed) if model == 'fcos' else ()
-            yield Row('Table 13', f'{model.upper()}, {printed}', (Training(config), ), known, printed)
+            yield Row('Table 13', f'{model.upper()}, {printed}', (Training(config), ), known, printed,
+                      against=f'{model.upper()}, Focal Loss')
 
 
 def _missing(data: str, entries: list[Entry]) -> Iterator[Row]:
@@ -312,7 +316,7 @@ def _own(item: str, data: str, points: Mapping[float, tuple[str, Mapping[str, ob
     for name, loss in LOSSES.items() if data == 'digits' else ():
         for x, (label, options) in points.items():
             training = _training('resnet_{}_digits_paper', loss.kind, loss, options)
-            yield Row(item, f'{name}, {label}', (training, ), (), name, x)
+            yield Row(item, f'{name}, {label}', (training, ), (), name, x, against=f'CE, {label}')
 
 
 def _data(root: str) -> dict[str, object]:

@@ -8,11 +8,11 @@ import numpy as np
 
 from ..analysis import Setting, analyse
 from ..runs import read_rows
-from .experiments import COLUMNS, CONVERGENCE, IMBALANCE, MISSING_LABELS, PRETRAINING, Row, Training, rows
+from .experiments import COLUMNS, CONVERGENCE, IMBALANCE, MISSING_LABELS, OWN, PRETRAINING, Row, Training, rows
 from .numbers import FOOTNOTES, Entry
 
 # What is shown of the digits' trainings; the first decides which of several is the best, and is drawn.
-SHOWN = {'Fig. 4': ('train_p_t_pos', 'train_p_t_neg', 'train_gap', 'mAP'), 'Table 13': ('bbox_mAP', 'bbox_mAP_50'),
+SHOWN = {'Fig. 4': ('mAP', 'train_p_t_pos', 'train_p_t_neg', 'train_gap'), 'Table 13': ('bbox_mAP', 'bbox_mAP_50'),
          'Table 3': ('mAP', 'gamma_neg', 'CF1', 'gap'), 'Fig. 9': ('reached', 'gamma_neg', 'mAP'),
          **dict.fromkeys(('Table 2', MISSING_LABELS), ('mAP', 'CF1', 'gap', 'p_annotated', 'p_missing', 'p_absent',
                                                        'gradient_missing'))}
@@ -21,6 +21,9 @@ HEADS = {'train_p_t_pos': 'p_t+ at the end', 'train_p_t_neg': 'p_t- at the end',
          'p_annotated': 'p of annotated', 'p_missing': 'of missing', 'p_absent': 'of absent labels',
          'gradient_missing': 'gradient on missing labels [%]',
          'mAP_weighted': 'macro mAP', 'f1-score': 'macro F1', 'reached': 'gap reached after [% of the training]'}
+# What a row's difference is to, where not to the item's first row: see Row.against.
+AGAINST = {'Fig. 8': 'against cross-entropy, same backbone', 'Table 13': 'against focal loss, same detector',
+           **dict.fromkeys(OWN, 'against CE, same point')}
 FRACTIONS = ('train_p_t_pos', 'train_p_t_neg', 'train_gap', 'gap', 'gamma_neg', 'p_annotated', 'p_missing', 'p_absent')
 CURVES = {'Fig. 4': ('p_t_pos', 'p_t_neg'), 'Fig. 9': ('gamma_neg', 'gap')}
 
@@ -92,7 +95,8 @@ def shown(item: str, data: str, found: Iterable[Row]) -> tuple[str, ...]:
 def render(item: str, results: Results) -> str:
     """A table or figure as Markdown: the paper's numbers, ours, and what is to be known of them.
 
-    Ours are the mean over the seeds and its 95 % interval; a difference is that to the first row on the same seeds.
+    Ours are the mean over the seeds and its 95 % interval; a difference is that to another row, by default the first,
+    on the same seeds.
     """
     found = rows(item, results.data)
     if item == 'Table 1':
@@ -105,16 +109,18 @@ def render(item: str, results: Results) -> str:
     heads = [f'paper{f", {where}" if where else ""}: {column}' for column in columns]
     if trained:
         heads += [HEADS.get(scalar, scalar) for scalar in scalars]
-        heads.insert(len(columns) + 1, 'against the first row')
+        heads.insert(len(columns) + 1, AGAINST.get(item, 'against the first row'))
         heads += ['seeds']
     lines = ['| ' + ' | '.join(['', *heads]) + ' |', '|---' * (len(heads) + 1) + '|']
-    first = next((best(row, results) for row in found if row.trainings), None)
+    first = next((row.label for row in found if row.trainings), '')
+    compared = {row.label: best(row, results) for row in found if row.trainings}
     for row in found:
         cells = [row.label + (' (cited)' if row.cited else '')]
         cells += [_printed(next((entry for entry in row.entries if entry.column == column), None), notes)
                   for column in columns]
         if trained:
-            cells += _measured(row, first, scalars, results) if first and row.trainings else [''] * (len(scalars) + 2)
+            cells += (_measured(row, compared[row.against or first], scalars, results) if row.trainings
+                      else [''] * (len(scalars) + 2))
         lines.append('| ' + ' | '.join(cells) + ' |')
     lines += [''] * bool(notes) + [f'({number}) {FOOTNOTES[key]}  ' for number, key in enumerate(notes, 1)]
     return '\n'.join(lines)
@@ -129,12 +135,12 @@ def _printed(entry: Entry | None, notes: list[str]) -> str:
     return f'{entry.value:g}' + ''.join(f' ({notes.index(key) + 1})' for key in entry.footnotes)
 
 
-def _measured(row: Row, first: Training, scalars: Sequence[str], results: Results) -> list[str]:
+def _measured(row: Row, other: Training, scalars: Sequence[str], results: Results) -> list[str]:
     training = best(row, results)
     cells = [_mean(results.scores(training, scalar), scalar) for scalar in scalars]
-    ours, theirs = results.scores(training, scalars[0]), results.scores(first, scalars[0])
+    ours, theirs = results.scores(training, scalars[0]), results.scores(other, scalars[0])
     common = sorted(set(ours) & set(theirs))
-    against = '' if training == first or not common else _mean(
+    against = '' if training == other or not common else _mean(
         {seed: ours[seed] - theirs[seed] for seed in common}, scalars[0], '+')
     options = ', '.join(f'{key.split(".")[-1]}={value}' for key, value in training.options) or training.config
     chosen = f' ({options})' if len(row.trainings) > 1 and ours else ''
