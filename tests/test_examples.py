@@ -206,6 +206,15 @@ def check_script(path: str, arguments: list[str], flags: list[str], monkeypatch,
     check_tool(os.path.relpath(words[start], ROOT), words[start + 1:], flags, monkeypatch)
 
 
+def expand(pattern: str) -> list[str]:
+    """The shell's braces."""
+    match = re.fullmatch(r'(.*?)\{(.*?)\}(.*)', pattern)
+    if not match:
+        return [pattern]
+    before, choices, after = match.groups()
+    return [path for choice in choices.split(',') for path in expand(before + choice + after)]
+
+
 @pytest.mark.parametrize('page', [page for page in PAGES if commands(page)])
 def test_commands(page, monkeypatch, tmp_path, capsys):
     for line in shell_lines(page):
@@ -213,8 +222,9 @@ def test_commands(page, monkeypatch, tmp_path, capsys):
         if not words:
             continue
         flags = re.findall(r'--[a-z][\w-]*', line.partition(' #')[2])
-        for path in re.findall(r'\bconfigs/[\w/*.-]+', line):
-            assert list(ROOT.glob(path)), f'{page}: there is no {path}'
+        for pattern in re.findall(r'\bconfigs/[\w/*.{},-]+', line):
+            for path in expand(pattern):
+                assert list(ROOT.glob(path)), f'{page}: there is no {path}'
         match words:
             case ['make', *targets]:
                 for target in targets:

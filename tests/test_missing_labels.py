@@ -1,7 +1,6 @@
 """tools/missing_labels.py: what a training made of the labels that are missing."""
 import importlib.util
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +16,9 @@ from mmasl.runs import Run
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / 'configs' / 'resnet_bce_digits_paper.py')
 
-sys.path.insert(0, str(ROOT / 'tools'))
 spec = importlib.util.spec_from_file_location('missing_labels', ROOT / 'tools' / 'missing_labels.py')
 missing_labels = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(missing_labels)
-sys.path.remove(str(ROOT / 'tools'))
 
 
 @pytest.fixture

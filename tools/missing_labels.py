@@ -4,6 +4,7 @@ Looks at finished trainings of tools/reproduce.py --table 2 --missing-labels, on
 annotations tell which of the negatives are in truth unannotated positives.
 """
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
-from reproduce import run_of, settings
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from mmasl.cli import progress
 from mmasl.datasets.coco import CocoMultiLabel
 from mmasl.inferencer import MultiLabelInferencer
 from mmasl.paper.experiments import MISSING_LABELS, digits_of, rows
 from mmasl.paper.render import Results, best
 from mmasl.runs import Run, read_rows, write_rows
+from tools.reproduce import run_of, settings
 
 COMPLETE = 'data/digits_hard_missing0'
 KINDS = ('annotated', 'missing', 'absent')
