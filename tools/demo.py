@@ -26,6 +26,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 
+from mmasl.checkpoints import load_only_data
 from mmasl.datasets.digits import DigitScenes
 from mmasl.runs import Run, train
 
@@ -122,6 +123,7 @@ def predict(run: Run) -> tuple[list[np.ndarray], list, tuple[str, ...]]:
     if 'data_preprocessor' in cfg:  # as MMEngine's Runner does
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     dataset, model = DATASETS.build(cfg.test_dataloader.dataset), MODELS.build(cfg.model)
+    load_only_data()  # MMEngine's own loading would try, complain, and execute
     load_checkpoint(model, run.last_checkpoint(), map_location='cpu')
     batch = pseudo_collate([dataset[number] for number in range(PICTURES)])
     images = [image.flip(0).permute(1, 2, 0).numpy() for image in batch['inputs']]
