@@ -77,10 +77,11 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def best(row: Row, results: Results) -> Training:
-    """Of a row's trainings with the most seeds, that with the highest mean of what its item shows first."""
+    """Of a row's trainings that with the highest mean of what its item shows first, over the seeds that all have."""
     scalar = shown(row.item, results.data, [row])[0]
-    scores = {training: [*results.scores(training, scalar).values()] for training in row.trainings}
-    return max(scores, key=lambda one: (len(scores[one]), np.mean(scores[one] or [0])))
+    known = {one: scores for one in row.trainings if (scores := results.scores(one, scalar))}
+    common = set.intersection(*map(set, known.values())) if known else set()
+    return max(known or row.trainings, key=lambda one: np.mean([known[one][seed] for seed in common] or [0]))
 
 
 def shown(item: str, data: str, found: Iterable[Row]) -> tuple[str, ...]:
