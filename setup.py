@@ -22,7 +22,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['mmasl', 'mmasl.*']),
-    package_data={'mmasl.paper': ['tables.json']},
+    package_data={'mmasl.reproduce': ['tables.json']},
     python_requires='>=3.10',
     # mmengine itself is not named: upstream's and the fork's distributions differ in name, and not in the import's.
     install_requires=['torch>=2.4', 'numpy'],

@@ -14,18 +14,14 @@ from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 # A detector's loss must not need MMPretrain.
-HEADS = ['mmasl.tta', *(f'mmasl.heads.{name}' for name in ('multi_label', 'ml_decoder', 'query2label', 'label_graph'))
-         ] if find_spec('mmpretrain') else []
+PRETRAIN = ['mmasl.models.heads', 'mmasl.models.tta'] if find_spec('mmpretrain') else []
 
-MODELS = Registry(
-    'model', parent=MMENGINE_MODELS, scope='mmasl', locations=['mmasl.losses', 'mmasl.softmax_loss', *HEADS])
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmasl', locations=['mmasl.models.losses', *PRETRAIN])
 DATASETS = Registry(
     'dataset', parent=MMENGINE_DATASETS, scope='mmasl',
     locations=[f'mmasl.datasets.{name}' for name in ('coco', 'voc', 'nus_wide', 'open_images', 'herbarium')])
-METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='mmasl', locations=['mmasl.metrics'])
-HOOKS = Registry(
-    'hook', parent=MMENGINE_HOOKS, scope='mmasl',
-    locations=['mmasl.hooks', 'mmasl.schedules', 'mmasl.checkpoints', 'mmasl.checks', 'mmasl.resume'])
-TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmasl', locations=['mmasl.transforms'])
+METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='mmasl', locations=['mmasl.evaluation.metrics'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmasl', locations=['mmasl.engine.hooks'])
+TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmasl', locations=['mmasl.datasets.transforms'])
 PARAM_SCHEDULERS = Registry(
-    'parameter scheduler', parent=MMENGINE_PARAM_SCHEDULERS, scope='mmasl', locations=['mmasl.schedules'])
+    'parameter scheduler', parent=MMENGINE_PARAM_SCHEDULERS, scope='mmasl', locations=['mmasl.engine.schedulers'])

@@ -27,11 +27,11 @@ from PIL import Image
 from torch import nn
 
 from mmasl import AsymmetricLoss
-from mmasl.cli import load_config, make_parser, set_dataloader_defaults
-from mmasl.schedules import OneCycleMomentum
+from mmasl.engine.schedulers import OneCycleMomentum
+from mmasl.utils.tools import load_config, make_parser, set_dataloader_defaults
 
 ROOT = Path(__file__).parents[1]
-HEADS = ('ml_decoder', 'query2label', 'label_graph')  # tests/test_feature_map.py has their configs
+HEADS = ('ml_decoder', 'query2label', 'label_graph')  # tests/models/heads/test_feature_map.py has their configs
 PATHS = {path.stem: path for path in sorted((ROOT / 'configs').glob('*.py'))
          if not any(head in path.stem for head in HEADS)}
 LOSSES = ('bce', 'focal', 'focal-alpha', 'focusing', 'margin', 'asl')

@@ -65,7 +65,7 @@ def test_every_public_name_has_an_entry(environment):
     assert set(modules) <= set(entries)
     public = {f'{name}.{key}' for name, module in modules.items() for key, value in vars(module).items()
               if not key.startswith('_') and (isclass(value) or isroutine(value)) and value.__module__ == name}
-    assert 'mmasl.ops.calibration.posterior' in public and 'mmasl.heads.ml_decoder.MLDecoderHead' in public
+    assert 'mmasl.ops.calibration.posterior' in public and 'mmasl.models.heads.ml_decoder_head.MLDecoderHead' in public
     missing = sorted(public - set(entries))
     assert missing == [], 'what has no docstring has no entry'
     names = {f'mmasl.{key}' for keys in conf.config_names().values() for key in keys}
@@ -84,11 +84,11 @@ def test_every_page_is_in_the_navigation(environment):
 def test_pictures_and_code_are_taken_along(environment):
     """Links out of docs/ and to code work on the site, too."""
     assert 'benchmarks/adaptive/control.svg' in map(str, environment.images)
-    assert 'tests/test_peers.py' in map(str, environment.dlfiles)
-    content = ['[a](../mmasl/ops/reference.py) [b](../mmasl/paper) [c](other.md) [d](../mmasl/paper/tables.json)']
+    assert 'tests/ops/test_peers.py' in map(str, environment.dlfiles)
+    content = ['[a](../mmasl/ops/reference.py) [b](../mmasl/reproduce) [c](other.md) [d](../mmasl/reproduce/tables.json)']
     conf.add_navigation(None, 'docs/loss', content)
     assert content[0].split() == ['[a](api/mmasl.ops.reference.rst)', '[b](api/mmasl.paper.rst)', '[c](other.md)',
-                                  '[d](../mmasl/paper/tables.json)']
+                                  '[d](../mmasl/reproduce/tables.json)']
 
 
 def test_the_changelog_names_the_version():
@@ -105,10 +105,10 @@ def test_what_is_broken_fails(builds):
 
 
 @pytest.mark.parametrize('name, entry', [
-    ('mmasl.AsymmetricLoss', 'mmasl.losses.AsymmetricLoss'), ('mmasl.EMAHook', 'mmasl.schedules.EMAHook'),
-    ('mmasl.ops.posterior', 'mmasl.ops.calibration.posterior'), ('mmasl.paper.FOOTNOTES', 'mmasl.paper'),
-    ('mmasl.hooks.AsymmetricLoss', 'mmasl.losses.AsymmetricLoss'), ('mmasl.NoClass', None),
-    ('mmasl.hooks.NoClass', None), ('mmasl.hooks', None), ('torch.Tensor', None)])
+    ('mmasl.AsymmetricLoss', 'mmasl.models.losses.asymmetric_loss.AsymmetricLoss'), ('mmasl.EMAHook', 'mmasl.engine.hooks.ema.EMAHook'),
+    ('mmasl.ops.posterior', 'mmasl.ops.calibration.posterior'), ('mmasl.reproduce.FOOTNOTES', 'mmasl.reproduce'),
+    ('mmasl.engine.hooks.adaptive_asymmetry.AsymmetricLoss', 'mmasl.models.losses.asymmetric_loss.AsymmetricLoss'), ('mmasl.NoClass', None),
+    ('mmasl.engine.hooks.adaptive_asymmetry.NoClass', None), ('mmasl.engine.hooks.adaptive_asymmetry', None), ('torch.Tensor', None)])
 def test_references(name, entry):
     conf.walk()
     assert conf.find_entry(name) == entry

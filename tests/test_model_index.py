@@ -11,7 +11,7 @@ from modelindex.load_model_index import load
 from modelindex.models.Model import Model
 
 ROOT = Path(__file__).parents[1]
-spec = spec_from_file_location('tools_model_index', ROOT / 'tools' / 'model_index.py')
+spec = spec_from_file_location('tools_model_index', ROOT / 'benchmarks' / 'model_index.py')
 model_index = module_from_spec(spec)
 spec.loader.exec_module(model_index)
 
@@ -25,7 +25,7 @@ def models() -> dict[str, Model]:
 
 
 def test_current():
-    assert (ROOT / 'metafile.yml').read_text() == model_index.render(), 'run python tools/model_index.py'
+    assert (ROOT / 'metafile.yml').read_text() == model_index.render(), 'run python benchmarks/model_index.py'
 
 
 def test_lists_every_config(models):

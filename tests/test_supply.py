@@ -176,7 +176,7 @@ socket.socket().connect_ex(('127.0.0.1', 9))
 
 def test_import_needs_no_network_and_writes_nothing(watched):
     output, written, network = watched('-c', IMPORT_ALL)
-    assert {'mmasl.losses', 'mmasl.heads.ml_decoder', 'mmasl.datasets.coco'} <= set(output.split())
+    assert {'mmasl.models.losses.asymmetric_loss', 'mmasl.models.heads.ml_decoder_head', 'mmasl.datasets.coco'} <= set(output.split())
     assert not network
     assert not written
 

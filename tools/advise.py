@@ -21,9 +21,9 @@ from mmengine.runner import Runner, load_checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mmasl import advice
-from mmasl.advice import LADDER, LabelStats, LossSite, Setting, Suggestion
-from mmasl.cli import check_data, load_config, parse_args, set_dataloader_defaults
+from mmasl.analysis import advice
+from mmasl.analysis.advice import LADDER, LabelStats, LossSite, Setting, Suggestion
+from mmasl.utils.tools import check_data, load_config, parse_args, set_dataloader_defaults
 
 BARS = 12  # lines of the histogram
 WIDTH = 40  # of its longest bar

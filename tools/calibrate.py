@@ -21,7 +21,11 @@ from mmengine.runner.amp import autocast
 from torch import Tensor, nn
 
 from mmasl import AsymmetricLoss, MultiLabelReport
-from mmasl.cli import (
+from mmasl.evaluation.metrics import Conventions, expected_calibration_error, multilabel_report, reliability
+from mmasl.models.heads.calibrated_predictions import calibration_settings
+from mmasl.ops import inverse_posterior, posterior, posterior_cap
+from mmasl.reproduce.runs import write_rows
+from mmasl.utils.tools import (
     build_runner,
     check_data,
     is_classification,
@@ -33,10 +37,6 @@ from mmasl.cli import (
     require_file,
     set_dataloader_defaults,
 )
-from mmasl.heads.multi_label import calibration_settings
-from mmasl.metrics import Conventions, expected_calibration_error, multilabel_report, reliability
-from mmasl.ops import inverse_posterior, posterior, posterior_cap
-from mmasl.runs import write_rows
 
 # Figure: decimals and unit in the table.
 FIGURES = {'ECE': (3, ''), 'class-wise ECE': (3, ''), 'Brier': (4, ''), 'error': (4, ''), 'CF1': (1, ' [%]'),

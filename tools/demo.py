@@ -26,9 +26,9 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 
-from mmasl.checkpoints import load_only_data
 from mmasl.datasets.digits import DigitScenes
-from mmasl.runs import Run, train
+from mmasl.reproduce.runs import Run, train
+from mmasl.utils.checkpoint import load_only_data
 
 LOSSES = {'bce': 'cross-entropy', 'focal': 'focal loss', 'asl': 'ASL'}
 PICTURES = 8

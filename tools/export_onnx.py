@@ -18,9 +18,16 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mmasl.cli import is_classification, load_config, parse_args, require_file
-from mmasl.inferencer import MultiLabelInferencer, class_names, inference_data, load_checkpoint, load_weights, parse_thr
+from mmasl.apis.inferencer import (
+    MultiLabelInferencer,
+    class_names,
+    inference_data,
+    load_checkpoint,
+    load_weights,
+    parse_thr,
+)
 from mmasl.ops import inverse_posterior, posterior
+from mmasl.utils.tools import is_classification, load_config, parse_args, require_file
 
 # Of images in a check: other numbers than the graph was traced with.
 BATCHES = (1, 3)
@@ -98,7 +105,7 @@ class Maps(nn.Module):
 
 def prepare_classifier(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, Any]]:
     """The module to export, the names of its outputs, and the metadata."""
-    from mmasl.heads.multi_label import calibration_settings
+    from mmasl.models.heads.calibrated_predictions import calibration_settings
 
     inferencer = MultiLabelInferencer(cfg, args.checkpoint, 'cpu', show_progress=False)
     rule = inferencer.make_rule(parse_thr(args.thr))

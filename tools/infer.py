@@ -13,8 +13,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from rich.console import Console
 from rich.progress import track
 
-from mmasl.cli import is_classification, load_config, parse_args, require_file, require_gpu
-from mmasl.inferencer import (
+from mmasl.apis.inferencer import (
     MultiLabelInferencer,
     UnreadableImages,
     class_names,
@@ -26,6 +25,7 @@ from mmasl.inferencer import (
     thresholds,
     why_unreadable,
 )
+from mmasl.utils.tools import is_classification, load_config, parse_args, require_file, require_gpu
 
 DETECTION_THR = 0.3  # as in MMDetection's demo
 MOST_LABELS = 8  # of a line of the table

@@ -13,7 +13,10 @@ from mmpretrain.models.heads import MultiLabelClsHead
 from rich.console import Console
 
 from mmasl import MultiLabelReport
-from mmasl.cli import (
+from mmasl.analysis.error_page import Results, analyse_errors, candidates, render
+from mmasl.models.heads.calibrated_predictions import calibration_settings
+from mmasl.ops import posterior_cap
+from mmasl.utils.tools import (
     build_runner,
     check_data,
     is_classification,
@@ -25,9 +28,6 @@ from mmasl.cli import (
     require_file,
     set_dataloader_defaults,
 )
-from mmasl.error_page import Results, analyse_errors, candidates, render
-from mmasl.heads.multi_label import calibration_settings
-from mmasl.ops import posterior_cap
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,8 +11,8 @@ from mmengine.config import DictAction
 from mmengine.registry import DATASETS, DefaultScope
 from tqdm import tqdm
 
-from mmasl.advice import LabelStats, _read_labels, count_labels
-from mmasl.cli import check_data, load_config, parse_args, require_file
+from mmasl.analysis.advice import LabelStats, _read_labels, count_labels
+from mmasl.utils.tools import check_data, load_config, parse_args, require_file
 
 EDGES = 10  # strongest edges to print
 MISSING = 10  # words without a vector to name

@@ -1,7 +1,7 @@
 """Draw the loss and the normalised gradient over the probability (Fig. 2 and 3 of arXiv 2009.14119) and print Table 1.
 
 Without settings these are the paper's figures, for gamma 2 and margin 0.2. The curves start with cross-entropy; the
-regimes that are marked are the last curve's. Every sign of the table is measured on the gradient (mmasl/analysis.py).
+regimes that are marked are the last curve's. Every sign of the table is measured on the gradient (mmasl/analysis/gradient.py).
 """
 import argparse
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ import torch
 from matplotlib.axes import Axes
 from mmengine.config import Config
 
-from mmasl.analysis import Setting, analyse, loss_and_gradient
-from mmasl.cli import require_file
+from mmasl.analysis.gradient import Setting, analyse, loss_and_gradient
+from mmasl.utils.tools import require_file
 
 CE = Setting(0, 0, 0)
 FIGURE_2 = [CE, Setting(2, 2, 0), Setting(2, 2, 0.2)]

@@ -17,11 +17,11 @@ import torch
 from mmengine.config import Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from mmasl.cli import check_data
 from mmasl.datasets.digits import DigitScenes
-from mmasl.paper.experiments import OWN, Row, Training, digits_of, items, rows
-from mmasl.paper.render import CURVES, Results, draw, render
-from mmasl.runs import Run, fill_blocks, fingerprint, train, write_rows
+from mmasl.reproduce.experiments import OWN, Row, Training, digits_of, items, rows
+from mmasl.reproduce.render import CURVES, Results, draw, render
+from mmasl.reproduce.runs import Run, fill_blocks, fingerprint, train, write_rows
+from mmasl.utils.tools import check_data
 from tools import plot_loss
 
 ROOT = Path(__file__).parents[1]

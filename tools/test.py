@@ -8,9 +8,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.registry import METRICS
 
-from mmasl.checkpoints import FitCheck
-from mmasl.checks import check_coco_files
-from mmasl.cli import (
+from mmasl.datasets.validation import check_coco_files
+from mmasl.engine.hooks.checkpoint import FitCheck
+from mmasl.utils.tools import (
     build_runner,
     check_data,
     drop_pretrained,

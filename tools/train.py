@@ -8,9 +8,11 @@ from urllib.error import URLError
 
 from mmengine.config import Config, ConfigDict
 
-from mmasl.checkpoints import FitCheck
-from mmasl.checks import check_coco_files
-from mmasl.cli import (
+from mmasl.datasets.validation import check_coco_files
+from mmasl.engine.hooks.checkpoint import FitCheck
+from mmasl.engine.hooks.resume import ResumeHook
+from mmasl.utils.checkpoint import find_checkpoint
+from mmasl.utils.tools import (
     build_runner,
     check_data,
     drop_pretrained,
@@ -22,7 +24,6 @@ from mmasl.cli import (
     require_gpu,
     set_dataloader_defaults,
 )
-from mmasl.resume import ResumeHook, find_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from mmengine.fileio import exists, get, join_path
 from mmengine.logging import print_log
 from mmpretrain.datasets import MultiLabelDataset
 
-from mmasl.checks import check_entries, refuse_repeats
+from mmasl.datasets.validation import check_entries, refuse_repeats
 from mmasl.registry import DATASETS
 
 CURE = ('Get the images and instances_*.json from https://cocodataset.org/#download, or set data_root, ann_file and '

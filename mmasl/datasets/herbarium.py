@@ -7,7 +7,7 @@ import numpy as np
 from mmengine.fileio import exists, get, join_path
 from mmpretrain.datasets import BaseDataset
 
-from mmasl.checks import check_entries
+from mmasl.datasets.validation import check_entries
 from mmasl.registry import DATASETS
 
 SPLITS = ('train', 'val', 'all')
@@ -20,7 +20,7 @@ class Herbarium2020(BaseDataset):
     """The training images of the challenge, of which a fixed part of each species is held out for evaluation.
 
     The labels of the challenge's test set are private, so no result here compares with Table 12 of the paper, which is
-    on that set. Its metric is macro F1: :class:`mmasl.metrics.MacroF1`.
+    on that set. Its metric is macro F1: :class:`mmasl.evaluation.metrics.MacroF1`.
 
     A sample has ``img_path``, ``img_id`` and ``gt_label`` (int). Class i is that of the i-th smallest category id. The
     held-out images are chosen by their ids alone, whatever the order of the file: of a species with n images,

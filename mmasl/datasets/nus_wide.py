@@ -8,7 +8,7 @@ from mmengine.fileio import exists, get_text, join_path
 from mmengine.logging import print_log
 from mmpretrain.datasets import MultiLabelDataset
 
-from mmasl.checks import refuse_repeats
+from mmasl.datasets.validation import refuse_repeats
 from mmasl.registry import DATASETS
 
 CONCEPTS = (

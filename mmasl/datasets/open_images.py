@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from mmpretrain.datasets import MultiLabelDataset
 from tqdm import tqdm
 
-from mmasl.checks import refuse_repeats
+from mmasl.datasets.validation import refuse_repeats
 from mmasl.registry import DATASETS
 
 COLUMNS = ('ImageID', 'LabelName', 'Confidence')

@@ -7,7 +7,7 @@ import numpy as np
 from mmengine.logging import print_log
 from mmpretrain.datasets import VOC
 
-from mmasl.checks import refuse_repeats
+from mmasl.datasets.validation import refuse_repeats
 from mmasl.registry import DATASETS
 
 LAYOUT = ('data_root must hold JPEGImages/, Annotations/ and ImageSets/Main/, as VOC2007 from '

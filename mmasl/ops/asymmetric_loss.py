@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import compiled, eager
+from mmasl.ops import compiled, eager
 
 try:
-    from . import fused
+    from mmasl.ops import fused
 except ImportError:  # no Triton, which comes with torch's CUDA builds
     fused = None  # type: ignore[assignment]
 

@@ -8,11 +8,11 @@ from mmengine.logging import print_log
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import eager
-from .asymmetric_loss import _pick, _scaled
+from mmasl.ops import eager
+from mmasl.ops.asymmetric_loss import _pick, _scaled
 
 try:
-    from . import fused_softmax
+    from mmasl.ops import fused_softmax
 except ImportError:  # no Triton
     fused_softmax = None  # type: ignore[assignment]
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .asymmetric_loss import Parameter, _parameter
+from mmasl.ops.asymmetric_loss import Parameter, _parameter
 
 # Bisection starts at these logits, and 80 halvings bring it to neighbouring numbers in float64.
 BOUND, HALVINGS = 2.**20, 80

@@ -9,7 +9,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-from . import eager
+from mmasl.ops import eager
 
 LARGE = 2**20  # elements, from where a compilation of half a minute soon pays
 

@@ -267,7 +267,7 @@ def _negative_part(z, gamma, clip, DETACH: tl.constexpr):
     return p_m * power * log_term, tl.where(p < clip, 0., slope * power * p), p, q
 
 
-# The hardware's approximations, 2 ulp and without subnormal numbers: 2e-5 relative in all, see tests/test_fused.py.
+# The hardware's approximations, 2 ulp and without subnormal numbers: 2e-5 relative in all, see tests/ops/test_fused.py.
 # Triton's own functions, which its interpreter knows, take several times as many operations.
 @triton.jit
 def _exp2(x):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .asymmetric_loss import Parameter, _parameter, _pick, _scaled
+from mmasl.ops.asymmetric_loss import Parameter, _parameter, _pick, _scaled
 
 IGNORED, UNKNOWN = -1, -2  # labels of a chunk
 

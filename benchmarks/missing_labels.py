@@ -1,0 +1,92 @@
+"""What the digits' trainings make of the labels that are missing: their probabilities, and their part of the gradient.
+
+Looks at finished trainings of tools/reproduce.py --table 2 --missing-labels, on their own training images: the complete
+annotations tell which of the negatives are in truth unannotated positives.
+"""
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mmasl.apis.inferencer import MultiLabelInferencer
+from mmasl.datasets.coco import CocoMultiLabel
+from mmasl.reproduce.experiments import MISSING_LABELS, digits_of, rows
+from mmasl.reproduce.render import Results, best
+from mmasl.reproduce.runs import Run, read_rows, write_rows
+from mmasl.utils.tools import progress
+from tools.reproduce import run_of, settings
+
+COMPLETE = 'data/digits_hard_missing0'
+KINDS = ('annotated', 'missing', 'absent')
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--work-dir', default='work_dirs/paper', help='of tools/reproduce.py (default: %(default)s)')
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/paper/results'),
+                        help='folder of digits_missing.csv, which finished rows are kept in (default: %(default)s)')
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    results = Results(args.out, 'digits')
+    path = results.missing_path
+    trainings = dict.fromkeys(
+        best(row, results) for item in ('Table 2', 'Fig. 4', MISSING_LABELS) for row in rows(item, 'digits'))
+    table = {(row['config'], row['options'], row['seed']): row for row in read_rows(path)}
+    runs = {(one.config, one.overrides, str(seed)): (run_of(one, 'digits', seed, args.work_dir), settings(one))
+            for one in trainings for seed in results.seeds(one)}
+    wanted = [key for key, (run, now) in runs.items()
+              if table.get(key, {}).get('settings') != now and run.state == 'finished']
+    if wanted and (scenes := digits_of(COMPLETE)):
+        scenes.write(COMPLETE)
+    for key in progress(wanted, 'trainings'):
+        run, now = runs[key]
+        table[key] = dict(zip(('config', 'options', 'seed'), key, strict=True)) | dict(settings=now) | measure(run)
+        write_rows(path, [table[one] for one in sorted(table)])
+    if not table:
+        raise SystemExit(f'No finished trainings in {args.out}: run tools/reproduce.py --missing-labels first')
+    print(path.read_text())
+
+
+def measure(run: Run) -> dict[str, str]:
+    """Means of p, and shares of the sum of |dL/dz|, by the kind of label, in the images that a run has trained on."""
+    cfg = Config.fromfile(run.config)
+    cfg.merge_from_dict(run.options)
+    model = MultiLabelInferencer(cfg, run.last_checkpoint()).model
+    train: dict[str, Any] = dict(ann_file='annotations/instances_train.json', data_prefix=dict(img_path='train/'))
+    cfg.test_dataloader.dataset.update(train)
+    complete = CocoMultiLabel(data_root=COMPLETE, **train)
+    truth = {Path(one['img_path']).name: one['gt_label'] for one in map(complete.get_data_info, range(len(complete)))}
+
+    p_sum, gradient, count = torch.zeros(3, 3, dtype=torch.float64)
+    for batch in Runner.build_dataloader(cfg.test_dataloader):
+        data = model.data_preprocessor(batch)
+        with torch.no_grad():
+            z = model(**data, mode='tensor')
+        z.requires_grad_()
+        annotated, true = (torch.zeros(z.shape, dtype=torch.bool) for _ in range(2))
+        for i, sample in enumerate(data['data_samples']):
+            annotated[i, sample.gt_label] = True
+            true[i, truth[Path(sample.img_path).name]] = True
+        loss = model.head.loss_module(z, annotated.to(z), reduction_override='none').sum()
+        size = torch.autograd.grad(loss, z)[0].abs()
+        for kind, where in enumerate((annotated, true & ~annotated, ~true)):
+            p_sum[kind] += z[where].sigmoid().sum().item()
+            gradient[kind] += size[where].sum().item()
+            count[kind] += where.sum().item()
+    means, shares = p_sum / count, 100 * gradient / gradient.sum()
+    return {f'{name}_{kind}': f'{value:.4g}' if count[place] else ''
+            for name, values in (('p', means), ('gradient', shares))
+            for place, (kind, value) in enumerate(zip(KINDS, values.tolist(), strict=True))}
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,256 @@
+"""The asymmetric loss as the module that configs build, called as MMDetection's and MMPretrain's heads call theirs."""
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmasl.ops import asymmetric_loss
+from mmasl.ops.asymmetric_loss import IMPLEMENTATIONS
+from mmasl.registry import MODELS
+
+REDUCTIONS = ('none', 'mean', 'sum')
+
+
+@MODELS.register_module()
+class AsymmetricLoss(nn.Module):
+    """Asymmetric loss (ASL) for multi-label classification and dense detection, Eq. 7 of arXiv 2009.14119.
+
+    The other losses of the paper are settings of this one:
+
+    ============================  =========  =========  ====
+    loss                          gamma_pos  gamma_neg  clip
+    ============================  =========  =========  ====
+    binary cross-entropy          0          0          0
+    focal loss (alpha optional)   2          2          0
+    asymmetric focusing           0          4          0
+    probability margin            2          2          0.3
+    ASL, classification           0          4          0.05
+    ASL, detection (alpha 0.25)   1          2          0
+    ============================  =========  =========  ====
+
+    ``gamma_pos``, ``gamma_neg`` and ``clip`` live on the module as float32 tensors, outside its state dict; change them
+    in place (``loss.gamma_neg.fill_(3)``) at any step, without recompiling.
+
+    With ``track_probabilities = True`` each call that trains adds the four sums of the probability gap (Eq. 9-10)
+    to ``probability_sums``, (4, C) or None: see ``return_sums`` of :func:`mmasl.ops.asymmetric_loss`. Whoever reads
+    them sets them back to None, as :class:`mmasl.ProbabilityGapHook` does.
+
+    Labels that nobody annotated, marked by ``ignore_index``, are left out unless ``weight_unannotated`` is above 0.
+    Then each is ``weight_unannotated`` negatives wherever negatives count: in the loss and its gradient, in the divisor
+    of 'mean', and in the probability gap. ``gamma_unannotated`` focuses on them separately; margin and alpha are those
+    of negatives. The two are ``alpha_unann`` and ``gamma_unann`` of the authors' loss for partial annotations
+    (Ben-Baruch et al., CVPR 2022, arXiv 2110.10955; ``partial_asymmetric_loss.py`` of PartialLabelingCSL at 210face),
+    whose selection of labels by likelihood and prior is not followed.
+
+    - The posterior in closed form (:func:`mmasl.ops.posterior`) is then the share of positives where a label without
+      annotation counts as ``weight_unannotated`` negatives; with ``gamma_unannotated`` there is none.
+    - :class:`mmasl.AdaptiveAsymmetryHook` moves ``gamma_neg`` alone.
+    - Batches are not to be mixed: a label that is mixed of a positive and one without annotation would be a negative.
+
+    Args:
+        gamma_pos: Focusing parameter of positives, >= 0: one number, or one per class. The paper uses 0 in
+            classification and 1 in detection.
+        gamma_neg: Focusing parameter of negatives, likewise.
+        clip: Probability margin m in [0, 1), likewise. Negatives below it have no loss and no gradient. A dense
+            detection head starts at p = 0.01, where any larger margin leaves nothing to learn from: use 0 there.
+        alpha: Positives are multiplied by alpha, negatives by 1 - alpha, as in focal loss. None for neither.
+        detach_focusing: False for the gradient of Eq. 8; True holds the focusing weight constant, as the official
+            training script does. The loss value is the same.
+        use_sigmoid: Must stay True: the loss is defined on independent sigmoids. Heads read it from the config.
+        reduction: 'mean', 'sum' or 'none'. 'mean' divides the sum by ``avg_factor``, or by the number of elements that
+            are not ignored; 'sum' is the official implementation's and leaves ``avg_factor`` aside.
+        loss_weight: Factor of the result.
+        ignore_index: Target value of elements, or label of rows, to leave out, or to treat as not annotated.
+        weight_unannotated: Weight of elements marked by ``ignore_index`` as negatives, >= 0; a row that is marked by
+            its label is background. 0 leaves them out.
+        gamma_unannotated: Their focusing parameter, as ``gamma_neg``; None for that of negatives, whatever it becomes.
+        activated: The predictions are probabilities, as TOOD gives them, and not logits.
+        implementation: 'triton', 'inductor', 'eager', or None for the fastest that can run: see docs/speed.md.
+
+    Raises:
+        ValueError: A parameter is out of its range; the message names it.
+    """
+    gamma_pos: Tensor
+    gamma_neg: Tensor
+    clip: Tensor
+    gamma_unannotated: Tensor | None
+
+    def __init__(self,
+                 gamma_pos: float | Sequence[float] = 0.,
+                 gamma_neg: float | Sequence[float] = 4.,
+                 clip: float | Sequence[float] = 0.05,
+                 alpha: float | None = None,
+                 detach_focusing: bool = False,
+                 use_sigmoid: bool = True,
+                 reduction: str = 'mean',
+                 loss_weight: float = 1.,
+                 ignore_index: int | None = None,
+                 weight_unannotated: float = 0.,
+                 gamma_unannotated: float | Sequence[float] | None = None,
+                 activated: bool = False,
+                 implementation: str | None = None) -> None:
+        super().__init__()
+        if use_sigmoid is not True:
+            raise ValueError(f'use_sigmoid={use_sigmoid}: AsymmetricLoss is defined on sigmoids, set use_sigmoid=True')
+        if reduction not in REDUCTIONS:
+            raise ValueError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
+        if implementation not in (None, *IMPLEMENTATIONS):
+            raise ValueError(f'implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None')
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ValueError(f'alpha={alpha} must be between 0 and 1, or None')
+        if not math.isfinite(loss_weight):
+            raise ValueError(f'loss_weight={loss_weight} must be finite')
+        if not 0 <= weight_unannotated < math.inf:
+            raise ValueError(f'weight_unannotated={weight_unannotated} must be a number in [0, inf)')
+        if weight_unannotated and ignore_index is None:
+            raise ValueError(f'weight_unannotated={weight_unannotated} is that of labels marked by ignore_index: set '
+                             'that too, to -1 for mmasl.OpenImages')
+        if gamma_unannotated is not None and not weight_unannotated:
+            raise ValueError(f'gamma_unannotated={gamma_unannotated} has no effect on labels that are left out: set '
+                             'weight_unannotated too, to 1 for the weight of other negatives')
+        self._initial: dict[str, Tensor] = {}
+        for name, value, high in (('gamma_pos', gamma_pos, math.inf), ('gamma_neg', gamma_neg, math.inf),
+                                  ('clip', clip, 1), ('gamma_unannotated', gamma_unannotated, math.inf)):
+            if value is None:
+                self.register_buffer(name, None, persistent=False)
+                continue
+            values = torch.as_tensor(value, dtype=torch.float32, device='cpu')
+            if values.dim() > 1 or not values.numel() or not ((values >= 0) & (values < high)).all():
+                raise ValueError(f'{name}={value} must be a number in [0, {high:g}), or one such number per class')
+            self._initial[name] = values.clone()
+            self.register_buffer(name, values.clone(), persistent=False)
+        self.alpha = alpha
+        self.detach_focusing = detach_focusing
+        self.use_sigmoid = use_sigmoid
+        self.reduction = reduction
+        self.loss_weight = loss_weight
+        self.ignore_index = ignore_index
+        self.weight_unannotated = weight_unannotated
+        self.activated = activated
+        self.implementation = implementation
+        self.track_probabilities = False
+        self.probability_sums: Tensor | None = None
+
+    def forward(self,
+                pred: Tensor,
+                target: Tensor | tuple[Tensor, Tensor],
+                weight: Tensor | None = None,
+                avg_factor: float | Tensor | None = None,
+                reduction_override: str | None = None) -> Tensor:
+        """Loss of a batch.
+
+        Args:
+            pred: (..., C) logits (probabilities with ``activated``), of any floating dtype.
+            target: Dense targets, labels with background C, or a pair (labels, quality): see
+                :func:`mmasl.ops.asymmetric_loss`.
+            weight: One weight per row (the shape of ``pred`` without C), per element (the shape of ``pred``, or what
+                broadcasts to it), or flat per element.
+            avg_factor: Divisor of 'mean', a number or a tensor of one element, such as the number of positives.
+            reduction_override: Replaces ``reduction`` in this call.
+
+        Returns:
+            The reduced loss, of shape (); for 'none', the shape of ``pred``. float32, or float64 for float64.
+        """
+        reduction = reduction_override or self.reduction
+        if reduction not in REDUCTIONS:
+            raise ValueError(f'reduction_override={reduction!r} must be one of {REDUCTIONS}')
+        if self.activated:
+            pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
+            pred = pred.logit(eps=torch.finfo(pred.dtype).eps)
+        if weight is not None:
+            weight = _as_element_weight(weight, pred)
+        # PAA calls its loss for the assignment too, without a gradient.
+        track = self.track_probabilities and self.training and torch.is_grad_enabled()
+        scale: Any = self.loss_weight
+        if reduction == 'mean':
+            divisor = self._divisor(pred, target, avg_factor)
+            if isinstance(divisor, Tensor):  # of integers or of half precision, which would be scale's
+                divisor = divisor.to(torch.promote_types(pred.dtype, torch.float32))
+            scale = scale / divisor
+        # What is marked as not annotated is computed by itself: a gradient of zeros more, but no weight of its own.
+        parts = [(target, self.gamma_neg, self.ignore_index, 1.)]
+        if self.weight_unannotated:
+            gamma = self.gamma_neg if self.gamma_unannotated is None else self.gamma_unannotated
+            parts.append((self._unannotated(pred, target), gamma, -1, self.weight_unannotated))
+        losses = []
+        for part, gamma_neg, ignore_index, share in parts:
+            loss = asymmetric_loss(pred, part, self.gamma_pos, gamma_neg, self.clip, self.alpha, self.detach_focusing,
+                                   ignore_index, weight, return_sums=track,
+                                   reduction='none' if reduction == 'none' else 'sum', scale=share * scale,
+                                   implementation=self.implementation)
+            if isinstance(loss, tuple):
+                loss, sums = loss
+                self.probability_sums = share * sums if self.probability_sums is None else (
+                    self.probability_sums + share * sums)
+            losses.append(loss)
+        return sum(losses[1:], losses[0])
+
+    def _unannotated(self, pred: Tensor, target: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """The target of what is marked as not annotated: negatives, or background; the rest is marked by -1."""
+        labels = target[0] if isinstance(target, (tuple, list)) else target
+        marked: Any = labels == self.ignore_index
+        return marked.float() - 1 if labels.shape == pred.shape else torch.where(marked, pred.shape[-1], -1)
+
+    def _divisor(self, pred: Tensor, target: Tensor | tuple[Tensor, Tensor],
+                 avg_factor: float | Tensor | None) -> float | Tensor:
+        """``avg_factor`` or the elements that count, by their weight; never 0, so that an empty batch has loss 0."""
+        if avg_factor is not None:
+            return as_divisor(avg_factor)
+        if self.ignore_index is None:
+            return max(pred.numel(), 1)
+        labels = target[0] if isinstance(target, (tuple, list)) else target
+        elements_per_target = pred.numel() // max(labels.numel(), 1)
+        annotated = (labels != self.ignore_index).sum()
+        count = annotated + self.weight_unannotated * (labels.numel() - annotated)
+        return as_divisor(count * elements_per_target)
+
+    def reset_parameters(self) -> None:
+        """Set what lives on the module to what it was built with, in that shape; FSDP calls it after ``to_empty``."""
+        for name, value in self._initial.items():
+            setattr(self, name, value.to(getattr(self, name).device, copy=True))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> 'AsymmetricLoss':
+        """Moves the module but keeps its parameters in float32: half precision would round a controller's small steps
+        away."""
+        kept = {name: getattr(self, name) for name in self._initial}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            if not value.is_meta:
+                setattr(self, name, value.to(getattr(self, name).device))
+        return self
+
+    def extra_repr(self) -> str:
+        def plain(x: Tensor) -> Any:
+            if x.is_meta:
+                return 'meta'
+            return [plain(value) for value in x] if x.dim() else round(x.item(), 6)
+
+        return ', '.join(f'{name}={plain(getattr(self, name))}' for name in self._initial) + (
+            f', alpha={self.alpha}, detach_focusing={self.detach_focusing}, reduction={self.reduction}, '
+            f'loss_weight={self.loss_weight}, ignore_index={self.ignore_index}, '
+            f'weight_unannotated={self.weight_unannotated}')
+
+
+def as_divisor(avg_factor: float | Tensor) -> float | Tensor:
+    """``avg_factor``, kept above 0 without a wait for the device."""
+    if not isinstance(avg_factor, Tensor):
+        return max(avg_factor, torch.finfo(torch.float32).eps)
+    if avg_factor.numel() != 1:
+        raise ValueError(f'avg_factor of shape {tuple(avg_factor.shape)} must have one element')
+    return avg_factor.reshape(()).clamp(min=torch.finfo(torch.float32).eps)
+
+
+def _as_element_weight(weight: Tensor, pred: Tensor) -> Tensor:
+    """``weight`` in a shape that multiplies the loss of ``pred``."""
+    if weight.shape == pred.shape:
+        return weight
+    if weight.shape == pred.shape[:-1]:
+        return weight.unsqueeze(-1)
+    if weight.dim() == 1 and weight.numel() == pred.numel():
+        return weight.view_as(pred)
+    if weight.dim() == pred.dim() and all(w in (1, n) for w, n in zip(weight.shape, pred.shape)):
+        return weight
+    raise ValueError(f'weight of shape {tuple(weight.shape)} does not fit predictions of shape {tuple(pred.shape)}: '
+                     'give one per row, one per element, or one flat list of all elements')

@@ -1,0 +1,108 @@
+"""The single-label form of the asymmetric loss, as the module that configs build."""
+import math
+
+from torch import Tensor, nn
+
+from mmasl.models.losses.asymmetric_loss import REDUCTIONS, as_divisor
+from mmasl.ops.asymmetric_softmax import asymmetric_softmax_loss
+from mmasl.registry import MODELS
+
+
+@MODELS.register_module()
+class AsymmetricSoftmaxLoss(nn.Module):
+    """Softmax loss with asymmetric focusing and label smoothing, for heads such as MMPretrain's ``LinearClsHead``.
+
+    This is ``ASLSingleLabel`` of the authors' code; :func:`mmasl.ops.asymmetric_softmax.asymmetric_softmax_loss` has
+    the formula. It is not what Table 12 of arXiv 2009.14119 (Herbarium) was trained with: by the author's word (issue
+    68 of the official repository) that was the sigmoid form, which is :class:`mmasl.AsymmetricLoss` with the same head
+    and labels. ``gamma_neg`` acts on the smoothed part of the target alone: with ``smoothing=0`` it changes nothing,
+    and with ``gamma_pos=0`` as well this is cross-entropy. Where asymmetry is the point, take the sigmoid form.
+
+    Args:
+        gamma_pos: Focusing parameter of the label, >= 0.
+        gamma_neg: Focusing parameter of the other classes, >= 0.
+        smoothing: Share of the target spread evenly over all classes, in [0, 1). ``eps`` in the official code.
+        use_sigmoid: Must stay False; heads read it from the config.
+        reduction: 'mean', 'sum' or 'none'. 'mean' divides the sum by ``avg_factor``, or by the number of samples that
+            are not ignored; 'sum' leaves ``avg_factor`` aside.
+        loss_weight: Factor of the result.
+        ignore_index: Label of samples to leave out.
+        implementation: 'triton', 'inductor', 'eager', or None for the fastest that can run.
+
+    Raises:
+        ValueError: A parameter is out of its range; the message names it.
+    """
+
+    def __init__(self,
+                 gamma_pos: float = 0.,
+                 gamma_neg: float = 4.,
+                 smoothing: float = 0.1,
+                 use_sigmoid: bool = False,
+                 reduction: str = 'mean',
+                 loss_weight: float = 1.,
+                 ignore_index: int | None = None,
+                 implementation: str | None = None) -> None:
+        super().__init__()
+        if use_sigmoid is not False:
+            raise ValueError(f'use_sigmoid={use_sigmoid}: AsymmetricSoftmaxLoss is defined on a softmax; set '
+                             'use_sigmoid=False, or take mmasl.AsymmetricLoss')
+        if reduction not in REDUCTIONS:
+            raise ValueError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
+        for name, value, high in (('gamma_pos', gamma_pos, math.inf), ('gamma_neg', gamma_neg, math.inf),
+                                  ('smoothing', smoothing, 1)):
+            if not 0 <= value < high:
+                raise ValueError(f'{name}={value} must be a number in [0, {high:g})')
+        if not math.isfinite(loss_weight):
+            raise ValueError(f'loss_weight={loss_weight} must be finite')
+        self.gamma_pos = gamma_pos
+        self.gamma_neg = gamma_neg
+        self.smoothing = smoothing
+        self.use_sigmoid = use_sigmoid
+        self.reduction = reduction
+        self.loss_weight = loss_weight
+        self.ignore_index = ignore_index
+        self.implementation = implementation
+
+    def forward(self,
+                pred: Tensor,
+                target: Tensor,
+                weight: Tensor | None = None,
+                avg_factor: float | Tensor | None = None,
+                reduction_override: str | None = None) -> Tensor:
+        """Loss of a batch.
+
+        Args:
+            pred: (..., C) logits, of any floating dtype.
+            target: (...) integer labels, 0 ... C - 1.
+            weight: One weight per sample, in the shape of ``target``.
+            avg_factor: Divisor of 'mean', a number or a tensor of one element.
+            reduction_override: Replaces ``reduction`` in this call.
+
+        Returns:
+            The reduced loss, of shape (); for 'none', the shape of ``target``. float32, or float64 for float64.
+        """
+        reduction = reduction_override or self.reduction
+        if reduction not in REDUCTIONS:
+            raise ValueError(f'reduction_override={reduction!r} must be one of {REDUCTIONS}')
+        loss = asymmetric_softmax_loss(pred, target, self.gamma_pos, self.gamma_neg, self.smoothing, self.ignore_index,
+                                       self.implementation)
+        if weight is not None:
+            if weight.shape != loss.shape:
+                raise ValueError(f'weight of shape {tuple(weight.shape)} does not fit labels of shape '
+                                 f'{tuple(target.shape)}: give one per sample')
+            loss = loss * weight
+        if reduction != 'none':
+            loss = loss.sum()
+        if reduction == 'mean':
+            loss = loss / self._divisor(target, avg_factor)
+        return self.loss_weight * loss
+
+    def _divisor(self, target: Tensor, avg_factor: float | Tensor | None) -> float | Tensor:
+        """``avg_factor`` or the number of samples that count; never 0, so that an empty batch has loss 0."""
+        if avg_factor is not None:
+            return as_divisor(avg_factor)
+        return max(target.numel(), 1) if self.ignore_index is None else (target != self.ignore_index).sum().clamp(min=1)
+
+    def extra_repr(self) -> str:
+        return ', '.join(f'{name}={getattr(self, name)}' for name in
+                         ('gamma_pos', 'gamma_neg', 'smoothing', 'reduction', 'loss_weight', 'ignore_index'))

@@ -1,4 +1,0 @@
-"""The paper's tables and figures as data."""
-from .numbers import FOOTNOTES, Entry, figure, load, table
-
-__all__ = ['FOOTNOTES', 'Entry', 'figure', 'load', 'table']

@@ -1,0 +1,390 @@
+"""mmasl.engine.hooks.resume piece by piece; whole trainings that are killed are in test_faults.py."""
+import errno
+import os
+import pickle
+import random
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.fileio import get_file_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.optim import OneCycleLR, OptimWrapper
+from mmengine.runner import BaseLoop, Runner
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+
+from mmasl.engine.hooks import resume
+from mmasl.engine.hooks.resume import (
+    CheckpointBackend,
+    ResumeHook,
+    SeededBatch,
+    SeededBatches,
+    check_optimizer,
+    check_schedules,
+    seed_draws,
+)
+from mmasl.errors import CheckpointError, DiskFull
+from mmasl.utils.checkpoint import find_checkpoint
+from mmasl.utils.files import is_full, write_whole
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    CheckpointBackend.outdated.clear()
+    return tmp_path
+
+
+# --- files
+
+
+def test_a_file_is_written_whole():
+    Path('a').write_bytes(b'old')
+    write_whole('a', b'new')
+    assert Path('a').read_bytes() == b'new' and os.listdir() == ['a']
+
+
+@pytest.mark.parametrize('failing', ['fsync', 'replace'])
+@pytest.mark.parametrize('error', [OSError(errno.EIO, 'Input/output error'), KeyboardInterrupt()],
+                         ids=['io', 'stopped'])
+def test_what_cannot_be_written_leaves_the_old(monkeypatch, failing, error):
+    Path('a').write_bytes(b'old')
+
+    def fail(*_):
+        assert Path('a.part').read_bytes() == b'new'
+        raise error
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(type(error)):
+        write_whole('a', b'new')
+    assert Path('a').read_bytes() == b'old' and os.listdir() == ['a']
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT, errno.EFBIG], ids=['disk', 'quota', 'size'])
+def test_a_full_disk_is_described(monkeypatch, folder, number):
+    def fail(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, 'fsync', fail)
+    with pytest.raises(DiskFull) as caught:
+        write_whole('epoch_2.pth', bytes(3_400_000))
+    assert is_full(caught.value) and os.listdir() == []
+    for part in ('epoch_2.pth could not be written', os.strerror(number), 'it takes 3.4 MB', f'{folder} has', 'MB free',
+                 'max_keep_ckpts', '--resume'):
+        assert part in str(caught.value)
+
+
+def test_the_checkpoint_before_goes_last():
+    """MMEngine's hook removes it before it writes the next: with max_keep_ckpts=1 there would be none for a while."""
+    hook = CheckpointHook(1, max_keep_ckpts=1, backend_args=dict(backend=resume.BACKEND))
+    seen = []
+
+    def save(out_dir, filename, *_, backend_args, **__):
+        seen.append(sorted(os.listdir()))
+        get_file_backend(filename, backend_args=backend_args).put(b'x', filename)
+
+    runner = SimpleNamespace(work_dir='.', logger=SimpleNamespace(info=print), save_checkpoint=save, epoch=0, iter=0,
+                             message_hub=SimpleNamespace(runtime_info={}, update_info=lambda *_: None))
+    hook.before_train(runner)
+    for runner.epoch in range(3):
+        hook._save_checkpoint(runner)
+        CheckpointBackend.clear()
+    assert seen == [[], ['epoch_1.pth', 'last_checkpoint'], ['epoch_2.pth', 'last_checkpoint']]
+    assert sorted(os.listdir()) == ['epoch_3.pth', 'last_checkpoint']
+
+
+def test_what_is_written_again_is_not_outdated():
+    backend = CheckpointBackend()
+    for name in ('a', 'b'):
+        backend.put(b'1', name)
+        backend.remove(name)
+    backend.put(b'2', 'a')
+    CheckpointBackend.clear()
+    assert os.listdir() == ['a'] and CheckpointBackend.outdated == set()
+
+
+# --- which checkpoint
+
+
+def save(name: str, age: float = 0, **content) -> str:
+    path = Path('w', name)
+    path.parent.mkdir(exist_ok=True)
+    torch.save(dict(meta={}, message_hub={}, optimizer={}, state_dict={'w': torch.zeros(100)}) | content, path)
+    os.utime(path, (1e9 - age, 1e9 - age))
+    return str(path)
+
+
+def record(text: str) -> None:
+    Path('w').mkdir(exist_ok=True)
+    Path('w/last_checkpoint').write_text(text)
+
+
+def damage(path: str, how: str) -> None:
+    content = Path(path).read_bytes()
+    if how == 'torn':
+        content = content[:len(content) // 2]
+    elif how == 'flipped':  # one bit of a weight, which PyTorch would load
+        at = content.index(bytes(400))
+        content = content[:at + 100] + b'\x01' + content[at + 101:]
+    else:
+        content = b''
+    Path(path).write_bytes(content)
+
+
+@pytest.mark.parametrize('text', ['w/epoch_2.pth', '/elsewhere/epoch_2.pth\n'], ids=['in place', 'moved'])
+def test_the_named_checkpoint(text):
+    save('epoch_2.pth', age=10)
+    save('epoch_9.pth')
+    record(text)
+    assert find_checkpoint('w') == (os.path.join('w', 'epoch_2.pth'), {})
+
+
+@pytest.mark.parametrize('how', ['torn', 'flipped', 'empty'])
+def test_a_damaged_checkpoint_is_passed_over(how):
+    save('epoch_1.pth', age=30)
+    save('epoch_2.pth', age=20)
+    save('best_mAP_epoch_3.pth')
+    damage(save('epoch_3.pth', age=10), how)
+    record('w/epoch_3.pth')
+    path, reasons = find_checkpoint('w')
+    assert path == 'w/epoch_2.pth' and list(reasons) == ['w/epoch_3.pth']
+    assert 'w/epoch_3.pth is no checkpoint, or is damaged' in reasons['w/epoch_3.pth']
+
+
+@pytest.mark.parametrize('text, reasons', [
+    ('', {'w/last_checkpoint': 'it is empty'}), (None, {}),
+    ('w/epoch_3.pth', {'w/epoch_3.pth': 'no such checkpoint: w/epoch_3.pth'})], ids=['empty', 'missing', 'deleted'])
+def test_the_record_is_wrong(text, reasons):
+    save('epoch_1.pth', age=30)
+    save('epoch_2.pth', age=20)
+    if text is not None:
+        record(text)
+    assert find_checkpoint('w') == ('w/epoch_2.pth', reasons)
+
+
+def test_checkpoints_in_a_folder_of_their_own():
+    save('epoch_1.pth', age=30)
+    damage(save('epoch_2.pth'), 'torn')
+    Path('logs').mkdir()
+    Path('logs/last_checkpoint').write_text('w/epoch_2.pth')
+    assert find_checkpoint('logs')[0] == 'w/epoch_1.pth'
+
+
+def test_nothing_to_resume():
+    assert find_checkpoint('w') == (None, {})
+    damage(save('epoch_1.pth'), 'torn')
+    path, reasons = find_checkpoint('w')
+    assert path is None and list(reasons) == ['w/epoch_1.pth']
+
+
+def test_weights_alone_are_not_resumed():
+    torch.save(dict(meta={}, state_dict={}, message_hub={}), save('epoch_1.pth'))
+    path, reasons = find_checkpoint('w')
+    assert path is None and 'cannot be resumed: it has no optimizer' in reasons['w/epoch_1.pth']
+
+
+def test_checkpoints_of_deepspeed_are_folders():
+    Path('w/epoch_1.pth').mkdir(parents=True)
+    record('w/epoch_1.pth')
+    assert find_checkpoint('w') == ('w/epoch_1.pth', {})
+
+
+# --- draws
+
+
+def draw() -> tuple:
+    return random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def test_draws_follow_from_their_key():
+    found = []
+    for key in ((3, 0, 1, 5), (3, 1, 1, 5), (3, 0, 2, 5), (3, 0, 1, 6), (4, 0, 1, 5)):
+        seed_draws(*key)
+        found.append(draw())
+        seed_draws(*key)
+        assert draw() == found[-1]
+    assert len({value for each in found for value in each}) == 15, 'no generator repeats another, nor itself'
+
+
+def test_a_batch_seeds_whoever_loads_it_and_not_who_sends_it():
+    batch = SeededBatch([5, 7], (3, 1))
+    before = random.getstate()
+    sent = pickle.loads(pickle.dumps(batch))
+    assert random.getstate() == before
+    assert list(sent) == [5, 7] and len(sent) == 2
+    seen = [draw() for each in (batch, sent) for _ in each]
+    assert seen[:2] == seen[2:]
+
+
+class Draws(Dataset):
+    """Each image is what is drawn to load it."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, index: int) -> tuple:
+        return index, *draw()
+
+
+def make_batches(sampler_type, drop_last: bool) -> SeededBatches:
+    batches = SeededBatches(BatchSampler(sampler_type(Draws(), shuffle=True, seed=3), 2, drop_last))
+    batches.key = (3, 0)
+    return batches
+
+
+def stream(batches: SeededBatches, epoch: int, workers: int = 0):
+    """Batches of all epochs from one on."""
+    loader = DataLoader(Draws(), num_workers=workers, persistent_workers=workers > 0, collate_fn=list)
+    object.__setattr__(loader, 'batch_sampler', batches)
+    while True:
+        if not batches._ahead:
+            batches.sampler.set_epoch(epoch)
+        yield from loader
+        epoch += 1
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('drop_last', [False, True])
+@pytest.mark.parametrize('sampler', [DefaultSampler, InfiniteSampler], ids=lambda kind: kind.__name__)
+def test_a_stream_goes_on_where_it_was(sampler, drop_last, workers):
+    whole = [batch for batch, _ in zip(stream(make_batches(sampler, drop_last), 0), range(12))]
+    assert len({value for batch in whole for item in batch for value in item[1:]}) == 3 * sum(map(len, whole))
+    for count in (0, 1, 3, 4, 7):
+        batches = make_batches(sampler, drop_last)
+        batches.number = count
+        epoch = batches.pass_over(count, 0)
+        for batch, expected in zip(stream(batches, epoch, workers), whole[count:]):
+            assert batch == expected
+
+
+def test_the_rest_of_the_sampler_shows_through():
+    batches = make_batches(DefaultSampler, False)
+    assert len(batches) == 4 and batches.batch_size == 2 and batches.sampler.seed == 3
+    assert not hasattr(batches, 'skip') and not hasattr(batches, '__wrapped__')
+
+
+# --- what is not gone on from
+
+
+def schedule(total: int) -> OneCycleLR:
+    return OneCycleLR(torch.optim.SGD([torch.zeros(1)], lr=0.1), eta_max=0.1, begin=0, end=total, by_epoch=False)
+
+
+@pytest.mark.parametrize('now, then, message', [
+    ([20], [20], None), ([30], [20], 'OneCycleLR has end=30 by the config but end=20 in the checkpoint'),
+    ([10], [20], 'OneCycleLR has end=10'), ([20], [], '1 schedules by the config and 0 in the checkpoint'),
+    ([], [20], '0 schedules by the config and 1 in')])
+def test_another_schedule(now, then, message):
+    runner = SimpleNamespace(param_schedulers=[schedule(total) for total in now] or None)
+    checkpoint = dict(param_schedulers=[schedule(total).state_dict() for total in then])
+    if message is None:
+        check_schedules(runner, checkpoint)
+        runner.param_schedulers = dict(a=runner.param_schedulers)
+        check_schedules(runner, dict(param_schedulers=dict(a=checkpoint['param_schedulers'])))
+    else:
+        with pytest.raises(CheckpointError, match=f'{message}.*load_from'):
+            check_schedules(runner, checkpoint)
+
+
+def adam(count: int, **kwargs) -> torch.optim.Optimizer:
+    return torch.optim.Adam([torch.zeros(1) for _ in range(count)], **kwargs)
+
+
+@pytest.mark.parametrize('then, fits', [
+    (adam(2), True), (adam(2, lr=1., amsgrad=True), True), (adam(3), False),
+    (torch.optim.SGD([torch.zeros(1), torch.zeros(1)], momentum=0.9), False)], ids=['same', 'set', 'larger', 'SGD'])
+def test_another_optimizer(then, fits):
+    runner = SimpleNamespace(optim_wrapper=OptimWrapper(adam(2)))
+    checkpoint = dict(optimizer=then.state_dict())
+    if fits:
+        check_optimizer(runner, checkpoint, 'a.pth')
+    else:
+        with pytest.raises(CheckpointError, match='a.pth has the state of another optimizer than Adam over 2 param'):
+            check_optimizer(runner, checkpoint, 'a.pth')
+
+
+# --- the hook
+
+
+class Model(torch.nn.Module):
+
+    def __init__(self, width: int = 1) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, width)
+
+    def train_step(self, data, optim_wrapper):
+        loss = self.layer(torch.rand(2, 1)).sum()
+        optim_wrapper.update_params(loss)
+        return dict(loss=loss)
+
+
+def make_runner(work_dir: str, model: torch.nn.Module | None = None, **kwargs) -> Runner:
+    return Runner(**dict(
+        dict(model=model or Model(), work_dir=work_dir, optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+             train_dataloader=dict(batch_size=2, num_workers=0, dataset=Draws(), sampler=dict(type='DefaultSampler')),
+             train_cfg=dict(by_epoch=True, max_epochs=2), custom_hooks=[dict(type='mmasl.ResumeHook')],
+             log_level='ERROR', experiment_name=os.path.abspath(work_dir).replace('/', '_'), cfg={}), **kwargs))
+
+
+@pytest.fixture
+def trained() -> str:
+    make_runner('w').train()
+    return 'w/epoch_1.pth'
+
+
+def test_a_config_can_name_the_hook(trained):
+    runner = make_runner('again', load_from=trained, resume=True)
+    runner.train()
+    first, again = (torch.load(f'{name}/epoch_2.pth', weights_only=False) for name in ('w', 'again'))
+    assert first['state_dict']['layer.weight'].equal(again['state_dict']['layer.weight'])
+    assert first['mmasl_resume'] == again['mmasl_resume'] == dict(batches=4, processes=1, done=0, evaluated=False)
+    assert first['meta']['seed'] == again['meta']['seed'] == runner.train_dataloader.sampler.seed
+
+
+def test_checkpoints_elsewhere_are_left_to_their_backend():
+    hooks = [CheckpointHook(**kwargs) for kwargs in (
+        {}, dict(backend_args=dict(backend='local')), dict(out_dir='s3://bucket'))]
+    runner = SimpleNamespace(hooks=hooks, work_dir='w', _train_loop=None)
+    ResumeHook().before_run(runner)
+    assert [hook.backend_args for hook in hooks] == [dict(backend=resume.BACKEND), dict(backend='local'), None]
+
+
+def change(path: str, **content) -> str:
+    torch.save(torch.load(path, weights_only=False) | content, 'changed.pth')
+    return 'changed.pth'
+
+
+@pytest.mark.parametrize('content, words', [
+    (dict(mmasl_resume=dict(batches=2, processes=1, done=1, evaluated=False)), 'batches.: 2.*starts again'),
+    (dict(mmasl_resume=dict(batches=4, processes=2, done=0, evaluated=False)), 'processes.: 2.*not as the run'),
+    (dict(mmasl_resume=None), 'written without mmasl.ResumeHook')], ids=['batch size', 'processes', "MMEngine's"])
+def test_what_cannot_go_on_alike_goes_on_and_says_so(trained, monkeypatch, content, words):
+    runner = make_runner('again', load_from=change(trained, **content), resume=True)
+    said = []
+    monkeypatch.setattr(runner.logger, 'warning', said.append)
+    runner.train()
+    assert runner.iter == 8
+    assert any(re.search(words, text) for text in said)
+
+
+def test_another_model_is_not_resumed(trained):
+    with pytest.raises(CheckpointError, match=r'layer.weight is \(1, 1\) in the checkpoint and \(3, 1\) in the model'):
+        make_runner('again', Model(3), load_from=trained, resume=True).train()
+
+
+def test_data_without_batches_is_told():
+    said = []
+
+    class Loop(BaseLoop):
+        def run(self) -> None:
+            """Not needed."""
+
+    runner = SimpleNamespace(hooks=[], register_hook=lambda _: None, logger=SimpleNamespace(warning=said.append))
+    runner._train_loop = runner.train_loop = Loop(runner, DataLoader(Draws(), batch_size=None))
+    hook = ResumeHook()
+    hook.before_run(runner)
+    assert hook.batches is None and 'has no batch sampler' in said[0]

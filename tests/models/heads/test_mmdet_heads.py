@@ -1,0 +1,319 @@
+"""Stock MMDetection models, from their stock configs, train with ``mmasl.AsymmetricLoss`` swapped in by config alone.
+
+Only speed is taken from the models: no pre-trained weights, ResNet-18 for ResNet-50, fewer stacked layers and queries.
+"""
+import logging
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+from mmdet.testing import demo_mm_inputs
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.logging import MessageHub
+from mmengine.registry import MODELS, DefaultScope
+
+from mmasl import AsymmetricLoss
+
+ASL = dict(gamma_pos=1., gamma_neg=2., clip=0., alpha=0.25)
+CROSS_ENTROPY = dict(gamma_pos=0., gamma_neg=0., clip=0.)
+# What each stock loss has to be set to for AsymmetricLoss to be able to equal it, as binary cross-entropy.
+AS_CROSS_ENTROPY = dict(
+    CrossEntropyLoss=dict(),
+    QualityFocalLoss=dict(beta=0.),
+    VarifocalLoss=dict(alpha=1., gamma=0., iou_weighted=False))
+
+SMALL_GRIDS = {'model.mask_head.num_grids': [8, 6, 4, 3, 2]}
+# DDOD's deformable convolutions refuse feature maps smaller than their kernel.
+THREE_LEVELS = {'model.neck.num_outs': 3, 'model.bbox_head.anchor_generator.strides': [8, 16, 32]}
+# name: (stock config, further options)
+HEADS = {
+    'fcos': ('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco', {}),
+    'atss': ('atss/atss_r50_fpn_1x_coco', {}),
+    'retinanet': ('retinanet/retinanet_r50_fpn_1x_coco', {}),
+    'fsaf': ('fsaf/fsaf_r50_fpn_1x_coco', {}),
+    'foveabox': ('foveabox/fovea_r50_fpn_4xb4-1x_coco', {}),
+    'paa': ('paa/paa_r50_fpn_1x_coco', {}),
+    'yolof': ('yolof/yolof_r50-c5_8xb8-1x_coco', {}),
+    'gfl': ('gfl/gfl_r50_fpn_1x_coco', {}),
+    'vfnet': ('vfnet/vfnet_r50_fpn_1x_coco', {}),
+    'rtmdet': ('rtmdet/rtmdet_tiny_8xb32-300e_coco', {}),
+    'rtmdet-ins': ('rtmdet/rtmdet-ins_tiny_8xb32-300e_coco', {'model.data_preprocessor.pad_mask': True}),
+    'tood-early': ('tood/tood_r50_fpn_1x_coco', {}),
+    'tood-late': ('tood/tood_r50_fpn_1x_coco', {}),
+    'ddod': ('ddod/ddod_r50_fpn_1x_coco', THREE_LEVELS),
+    'sabl': ('sabl/sabl-retinanet_r50_fpn_1x_coco', {}),
+    'reppoints': ('reppoints/reppoints-moment_r50_fpn_1x_coco', {}),
+    'solo': ('solo/solo_r50_fpn_1x_coco', SMALL_GRIDS),
+    'decoupled-solo': ('solo/decoupled-solo_r50_fpn_1x_coco', SMALL_GRIDS),
+    'solov2': ('solov2/solov2_r50_fpn_1x_coco', SMALL_GRIDS),
+    'condinst': ('condinst/condinst_r50_fpn_ms-poly-90k_coco_instance', {}),
+    'deformable-detr': ('deformable_detr/deformable-detr_r50_16xb2-50e_coco', {}),
+    'dino': ('dino/dino-4scale_r50_8xb2-12e_coco', {}),
+    'conditional-detr': ('conditional_detr/conditional-detr_r50_8xb2-50e_coco', {}),
+    'dab-detr': ('dab_detr/dab-detr_r50_8xb2-50e_coco', {}),
+    'ddq-detr': ('ddq/ddq-detr-4scale_r50_8xb2-12e_coco', {}),
+    'sparse-rcnn': ('sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco', {}),
+    'pisa': ('pisa/retinanet-r50_fpn_pisa_1x_coco', {}),
+    'ga-retinanet': ('guided_anchoring/ga-retinanet_r50_fpn_1x_coco', {}),
+    'rpn': ('rpn/rpn_r50_fpn_1x_coco', {}),
+    'yolov3': ('yolo/yolov3_mobilenetv2_8xb24-ms-416-300e_coco', {}),
+    'yolox': ('yolox/yolox_tiny_8xb8-300e_coco', {}),
+}
+MASK_HEADS = ('rtmdet-ins', 'solo', 'decoupled-solo', 'solov2', 'condinst')
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """MMEngine reports the initialisation of every single parameter."""
+    logging.disable(logging.INFO)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def walk(cfg, path='model'):
+    """Yields every dict in a model config with its dotted path."""
+    yield path, cfg
+    for key, value in list(cfg.items()):
+        children = enumerate(value) if isinstance(value, (list, tuple)) else [('', value)]
+        for i, child in children:
+            if isinstance(child, dict):
+                yield from walk(child, f'{path}.{key}.{i}'.rstrip('.'))
+
+
+def stock_losses(cfg):
+    """The classification losses of a config, by path: what a user would replace."""
+    return {path: loss for path, loss in walk(cfg.model) if path.endswith('loss_cls')}
+
+
+def load(head):
+    """The stock config of ``head``, made quick."""
+    path, options = HEADS[head]
+    cfg = get_config(f'mmdet::{path}.py')
+    resnet = cfg.model.backbone.type == 'ResNet'
+    for path, part in walk(cfg.model):
+        small = dict(stacked_convs=1, num_queries=30, num_proposals=30)
+        if path.endswith(('encoder', 'decoder')):
+            small['num_layers'] = 2
+        part.update({key: min(part[key], value) for key, value in small.items() if key in part})
+        if part.get('init_cfg') and part.init_cfg.get('type') == 'Pretrained':
+            part.init_cfg = None
+        if resnet and path.startswith('model.neck') and 'in_channels' in part:
+            channels = part.in_channels
+            part.in_channels = [c // 4 for c in channels] if isinstance(channels, list) else channels // 4
+    if resnet:
+        cfg.model.backbone.depth = 18
+    if head == 'sparse-rcnn':
+        cfg.model.roi_head.update(num_stages=2, stage_loss_weights=[1, 1], bbox_head=cfg.model.roi_head.bbox_head[:2])
+    cfg.model.data_preprocessor.batch_augments = None
+    cfg.merge_from_dict(options)
+    return cfg
+
+
+def replaced(stock, params):
+    """What stands in a user's config in place of the loss ``stock``."""
+    kept = {key: stock[key] for key in ('activated', 'reduction', 'loss_weight') if key in stock}
+    return dict(_delete_=True, type='mmasl.AsymmetricLoss', use_sigmoid=True, **params, **kept)
+
+
+def build(cfg):
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(cfg.model)
+    model.init_weights()
+    return model.train()
+
+
+def replaced_modules(cfg, model):
+    """Where in ``model`` the losses are that were replaced."""
+    names = [name for name, module in model.named_modules() if isinstance(module, AsymmetricLoss)]
+    assert len(names) == len(stock_losses(cfg)) > 0
+    return names
+
+
+def inputs(head, *num_items):
+    """Images with so many objects; the second is padded, so that some rows have weight 0."""
+    shapes = [(3, 128, 128), (3, 64, 128)][:len(num_items)]
+    return demo_mm_inputs(len(num_items), shapes, list(num_items), 80, with_mask=head in MASK_HEADS)
+
+
+def as_dtype(x, dtype):
+    if isinstance(x, tuple):
+        return tuple(as_dtype(y, dtype) for y in x)
+    return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def step(head, model, losses, data, dtype=torch.float32):
+    """One forward and backward pass; returns what is logged, and the calls of the modules named ``losses`` as
+    (pred, target), where pred has its gradient. ``dtype`` is what these modules compute in."""
+    MessageHub.get_current_instance().update_info('epoch', 0 if head == 'tood-early' else 9)
+    calls = []
+
+    def record(module, args):
+        if args[0].requires_grad:
+            args[0].retain_grad()
+            calls.append(args[:2])
+        return as_dtype(args, dtype)
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(record) for name in losses]
+    torch.manual_seed(1)
+    total, logged = model.parse_losses(model(**model.data_preprocessor(deepcopy(data), True), mode='loss'))
+    total.backward()
+    for hook in hooks:
+        hook.remove()
+    # PAA calls its loss for the assignment too, outside the objective.
+    return logged, [(pred, target) for pred, target in calls if pred.grad is not None]
+
+
+def has_positive(pred, target):
+    if isinstance(target, tuple):
+        target = target[0]
+    return bool((target > 0).any() if target.shape == pred.shape else (target < pred.shape[-1]).any())
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_training_step(head):
+    cfg = load(head)
+    cfg.merge_from_dict({path: replaced(stock, ASL) for path, stock in stock_losses(cfg).items()})
+    model = build(cfg)
+    losses = replaced_modules(cfg, model)
+    modules = [model.get_submodule(name) for name in losses]
+    for module in modules:
+        module.track_probabilities = True
+
+    for num_items in (3, 0), (0, ):
+        model.zero_grad()
+        logged, calls = step(head, model, losses, inputs(head, *num_items))
+        # Without objects YOLOX does not call its loss, and YOLOv3 calls it with weights of 0.
+        sums = sum((module.probability_sums for module in modules if module.probability_sums is not None),
+                   torch.zeros(4, 1))
+        p_positives, positives, q_negatives, negatives = sums
+        assert (0 <= p_positives).all() and (p_positives <= positives + 1e-3).all()
+        assert (0 <= q_negatives).all() and (q_negatives <= negatives * (1 + 1e-5)).all()
+        assert bool(positives.any()) is any(num_items)
+        assert q_negatives.any() or (head in ('yolox', 'yolov3') and not any(num_items))
+        for module in modules:
+            module.probability_sums = None
+        assert all(value.isfinite() for value in logged.values()), logged
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        if any(num_items):
+            assert any(pred.grad.any() for pred, _ in calls)
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_equals_stock_loss(head):
+    """Where the stock loss is a setting of the asymmetric loss, every loss of the model and every gradient that the
+    classification layers receive are the same. The stock loss computes in float64: at p = 0.001, mmdet's float32
+    gradient of background is right to four digits only."""
+    stock_cfg, cfg = load(head), load(head)
+    for path, stock in stock_losses(stock_cfg).items():
+        params = CROSS_ENTROPY
+        if stock.type == 'FocalLoss':
+            params = dict(gamma_pos=stock.gamma, gamma_neg=stock.gamma, clip=0., alpha=stock.alpha)
+        else:
+            stock.update(AS_CROSS_ENTROPY[stock.type])
+        cfg.merge_from_dict({path: replaced(stock, params)})
+    stock_model, model = build(stock_cfg), build(cfg)
+    model.load_state_dict(stock_model.state_dict(), strict=True)
+    losses = replaced_modules(cfg, model)
+
+    for num_items in (3, 0), (0, ):
+        data = inputs(head, *num_items)
+        expected, expected_calls = step(head, stock_model, losses, data, torch.float64)
+        actual, calls = step(head, model, losses, data)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0, check_dtype=False)
+        assert any(has_positive(*call) for call in calls) is any(num_items)
+        for (pred, _), (expected_pred, _) in zip(calls, expected_calls, strict=True):
+            torch.testing.assert_close(pred.grad, expected_pred.grad, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    'head', ['fcos', 'retinanet', 'tood-late', 'rtmdet', 'gfl', 'conditional-detr', 'sparse-rcnn', 'yolox'])
+def test_predicts_as_stock(head):
+    cfg = load(head)
+    if 'score_thr' in cfg.model.test_cfg:
+        cfg.model.test_cfg.score_thr = 0.
+    stock = build(cfg).eval()
+    cfg.merge_from_dict({path: replaced(loss, ASL) for path, loss in stock_losses(cfg).items()})
+    model = build(cfg).eval()
+    model.load_state_dict(stock.state_dict(), strict=True)
+    with torch.no_grad():
+        expected, actual = (m.test_step(inputs(head, 3)) for m in (stock, model))
+    expected, actual = expected[0].pred_instances, actual[0].pred_instances
+    assert len(actual)
+    torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=0)
+    torch.testing.assert_close(actual.bboxes, expected.bboxes, rtol=0, atol=0)
+
+
+def test_inherited_config(tmp_path):
+    """What a user writes."""
+    path = tmp_path / 'fcos_asl.py'
+    path.write_text("""
+_base_ = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+custom_imports = dict(imports=['mmasl'], allow_failed_imports=False)
+model = dict(
+    bbox_head=dict(
+        loss_cls=dict(
+            _delete_=True, type='mmasl.AsymmetricLoss', use_sigmoid=True,
+            gamma_pos=1., gamma_neg=2., clip=0., alpha=0.25, loss_weight=1.)))
+""")
+    expected = get_config('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py')
+    expected.merge_from_dict({path: replaced(loss, ASL) for path, loss in stock_losses(expected).items()})
+    assert Config.fromfile(path).model == dict(expected.model, _scope_='mmdet')
+
+
+def with_loss(head, **loss):
+    cfg = load(head)
+    cfg.merge_from_dict(dict.fromkeys(stock_losses(cfg), loss))
+    return cfg
+
+
+def test_softmax_is_refused():
+    with pytest.raises(ValueError, match='use_sigmoid=False'):
+        build(with_loss('fcos', _delete_=True, type='mmasl.AsymmetricLoss', use_sigmoid=False))
+
+
+def test_use_sigmoid_must_stand_in_the_config():
+    """Heads read it there before there is a loss, and add a channel for background without it."""
+    cfg = with_loss('fcos', _delete_=True, type='mmasl.AsymmetricLoss')
+    assert build(cfg).bbox_head.conv_cls.out_channels == 81
+    cfg.model.bbox_head.loss_cls.use_sigmoid = True
+    assert build(cfg).bbox_head.conv_cls.out_channels == 80
+
+
+def test_parameters_of_the_stock_loss_are_refused():
+    """Without ``_delete_`` they stay in the config."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'gamma'"):
+        build(with_loss('fcos', type='mmasl.AsymmetricLoss'))
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmengine'])
+def test_bare_name_is_unknown(scope):
+    with DefaultScope.overwrite_default_scope(scope):
+        assert type(MODELS.build(dict(type='mmasl.AsymmetricLoss'))) is AsymmetricLoss
+        with pytest.raises(KeyError, match=f'AsymmetricLoss is not in the {scope}::model registry'):
+            MODELS.build(dict(type='AsymmetricLoss'))
+
+
+def run(code):
+    return subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout.split()
+
+
+def test_import_needs_torch_and_mmengine_only():
+    hosts = "{'mmdet', 'mmpretrain', 'mmcv', 'torchvision', 'timm'}"
+    assert run(f'import sys, mmasl; print(*{hosts} & set(sys.modules))') == []
+
+
+def test_resolves_without_custom_imports():
+    assert run("from mmengine.registry import MODELS; print(MODELS.get('mmasl.AsymmetricLoss').__module__)") == [
+        'mmasl.models.losses.asymmetric_loss'
+    ]
+
+
+def test_needs_no_mmpretrain():
+    """A loss in a detector, where MMPretrain is not installed."""
+    assert run("import sys; sys.modules['mmpretrain'] = None; from mmengine.registry import MODELS, HOOKS;"
+               "print(MODELS.get('mmasl.AsymmetricLoss').__name__, HOOKS.get('mmasl.ProbabilityGapHook').__name__)"
+               ) == ['AsymmetricLoss', 'ProbabilityGapHook']

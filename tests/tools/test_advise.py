@@ -1,0 +1,206 @@
+"""tools/advise.py on small digits: what it prints for both families, its warnings, and how it refuses."""
+import logging
+import re
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from PIL import Image
+
+from mmasl.datasets.digits import DigitScenes
+
+ROOT = Path(__file__).parents[2]
+spec = spec_from_file_location('tools_advise', ROOT / 'tools' / 'advise.py')
+TOOL = module_from_spec(spec)
+spec.loader.exec_module(TOOL)
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory) -> Path:
+    return DigitScenes(train=12, val=1, colors=4).write(tmp_path_factory.mktemp('data') / 'digits')
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    yield tmp_path
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture
+def advise(digits, monkeypatch, capsys):
+    """Runs the tool on a config that inherits a shipped one, with changes; returns what it prints."""
+    def run(base: str, text: str, *argv: str) -> str:
+        Path('c.py').write_text(f"""
+_base_ = {str(ROOT / 'configs' / base)!r}
+train_dataloader = dict(batch_size=4, dataset=dict(data_root={str(digits)!r}))
+{text}
+""")
+        monkeypatch.setattr(sys, 'argv', ['advise.py', 'c.py', '--batches', '2', *argv])
+        TOOL.main()
+        return capsys.readouterr().out
+    return run
+
+
+def refusal(advise, *args: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        advise(*args)
+    return stop.value.code
+
+
+def table(report: str) -> dict[str, list[str]]:
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in report.splitlines() if line[:1] == '|']
+    return {name: cells for name, *cells in rows[2:]}
+
+
+def snippet(report: str) -> Config:
+    Path('suggested.py').write_text(report.split('```python\n')[1].split('```', maxsplit=1)[0])
+    return Config.fromfile('suggested.py')
+
+
+RANDOM = 'model = dict(backbone=dict(init_cfg=None))'
+
+
+def test_classifier(advise):
+    report = advise('resnet_asl_digits.py', RANDOM + "\nmodel['head'] = dict(init_cfg=None)")
+    assert '12 images, 40 classes, multi-label' in report
+    assert 'Gradient of the first 2 batches of 4 images' in report
+    rows = table(report)
+    assert list(rows) == ['the config', *TOOL.LADDER, 'suggested below']
+    # The config is the suggestion: the loss's own gradient is the ladder's arithmetic.
+    assert rows['the config'] == rows['suggested below'] and rows['the config'][0] == '(4, 0, 0.05)'
+    shares = [float(rows[name][1].rstrip('%')) for name in ('cross-entropy', 'asymmetric', 'more asymmetric')]
+    assert shares == sorted(shares) and rows['cross-entropy'][-1] == '1'
+    loss = snippet(report).model.head.loss
+    assert (loss.type, loss.gamma_neg, loss.gamma_pos, loss.clip) == ('mmasl.AsymmetricLoss', 4, 0, 0.05)
+    assert loss.detach_focusing is False
+    assert '(0, 0, 0) -> focal loss (2, 2, 0) -> asymmetric (2, 1, 0)' in report and 'AdaptiveAsymmetryHook' in report
+    # 12 images of 40 classes leave some out; nothing else is wrong.
+    assert '## Warnings: 1' in report and 'classes have no label' in report
+
+
+def test_classifier_with_every_mistake(advise):
+    report = advise('resnet_bce_digits.py', """
+model = dict(backbone=dict(init_cfg=dict(checkpoint='https://host/weights.pth')), head=dict(
+    init_cfg=dict(type='Normal', layer='Linear', std=0.01, bias=-4.6),
+    loss=dict(_delete_=True, type='AsymmetricLoss', gamma_pos=1., gamma_neg=4., clip=0.05)))
+optim_wrapper = dict(optimizer=dict(_delete_=True, type='Adam', lr=1e-3, weight_decay=1e-4))
+custom_hooks = [dict(type='EMAHook', momentum=3e-4)]
+""", '--gpus', '2')
+    assert 'Note: model.backbone.init_cfg.checkpoint = https://host/weights.pth is no local file' in report
+    assert '## Warnings: 6' in report
+    for number, where in enumerate(('train_dataloader.dataset.metainfo.classes', 'custom_hooks.0.momentum',
+                                    'model.head.loss.type', 'model.head.loss.gamma_pos', 'model.head.loss.clip',
+                                    'optim_wrapper.optimizer'), 1):
+        assert f'\n{number}. ' in report and f'   where: {where}\n' in report
+    # 3 batches an epoch are 2 iterations on 2 GPUs, for 8 epochs.
+    assert 'over 16 iterations' in report
+    assert table(report)['the config'][3] == '100%'
+    assert snippet(report).model.head.loss.clip == 0
+
+
+def test_labels_without_annotation(advise, tmp_path):
+    """Of 40 labels an image has one that is there and one that is not; the other 38 are half a negative each."""
+    ids = [f'{i:016x}' for i in range(8)]
+    for i in ids:
+        Image.new('RGB', (64, 64)).save(tmp_path / f'{i}.jpg')
+    Path('classes.csv').write_text('\n'.join(f'/m/{c},Class {c}' for c in range(40)))
+    Path('labels.csv').write_text('ImageID,Source,LabelName,Confidence\n' + ''.join(
+        f'{i},verification,/m/{c},1\n{i},verification,/m/{c + 20},0\n' for c, i in enumerate(ids)))
+    report = advise('resnet_asl_digits.py', RANDOM + f"""
+model['head'] = dict(init_cfg=None, loss=dict(ignore_index=-1, weight_unannotated=0.5))
+train_dataloader['dataset'] = dict(
+    _delete_=True, type='mmasl.OpenImages', data_root={str(tmp_path)!r}, ann_file='labels.csv',
+    class_file='classes.csv', description_file='classes.csv', unannotated='ignore', pipeline=[
+        dict(type='LoadImageFromFile'), dict(type='PackInputs')])
+""")
+    assert '304 labels ignored' in report and 'negatives per positive: 1 without the ignored' in report
+    assert '8 positives, 160 negatives (20 per positive)' in report
+    assert 'each label without annotation is 0.5 negatives' in report
+    assert '20 negatives per positive, a label without annotation counted as 0.5 of them: App. B' in report
+    rows = table(report)
+    assert rows['the config'] == rows['suggested below'] and rows['the config'][0] == '(4, 0, 0.05)'
+    loss = snippet(report).model.head.loss
+    assert (loss.ignore_index, loss.weight_unannotated) == (-1, 0.5)
+
+
+def test_softmax_classifier(advise, tmp_path):
+    glyphs = DigitScenes(train=12, val=1, size=32, single=True, labels_per_image=1).write(tmp_path / 'glyphs')
+    report = advise('resnet_ce_glyphs.py', f"train_dataloader['dataset']['data_root'] = {str(glyphs)!r}")
+    assert 'CrossEntropyLoss, on a softmax' in report and table(report)['the config'][1] == '50.0%'
+    assert 'App. G' in report and snippet(report).model.head.loss.gamma_neg == 4
+
+
+def test_detector(advise):
+    report = advise('fcos_focal_digits.py', RANDOM, '--plot', 'classes.png')
+    assert '12 images, 40 classes, detection' in report
+    assert re.search(r'median starts at p = 0\.(01|0098|0099);', report)  # FCOS' prior
+    rows = table(report)
+    assert rows['the config'] == rows['focal loss'] and rows['with a margin'][3] == '100%'
+    loss = snippet(report).model.bbox_head.loss_cls
+    assert loss == dict(type='mmasl.AsymmetricLoss', use_sigmoid=True, gamma_pos=1, gamma_neg=2, clip=0, alpha=0.25,
+                        loss_weight=1)
+    assert '## Warnings: 1' in report and Path('classes.png').stat().st_size > 1000
+
+
+def test_detector_with_every_mistake(advise):
+    report = advise('fcos_focal_digits.py', RANDOM + """
+model['bbox_head'] = dict(loss_cls=dict(
+    _delete_=True, type='mmasl.AsymmetricLoss', gamma_pos=1., gamma_neg=4., clip=0.05))
+""")
+    assert '## Warnings: 4' in report and 'predictions have 41' in report
+    for key in ('use_sigmoid', 'alpha', 'clip'):
+        assert f'where: model.bbox_head.loss_cls.{key}\n' in report
+
+
+def test_suggestion_is_advised_without_complaint(advise):
+    """What is suggested builds, and is what is suggested for it in turn."""
+    report = advise('fcos_focal_digits.py', RANDOM)
+    lines = report.split('```python\n')[1].split('```')[0].splitlines()
+    again = advise('fcos_focal_digits.py', '\n'.join(lines[2:]) + "\nmodel['backbone'] = dict(init_cfg=None)")
+    assert table(again)['the config'] == table(again)['asymmetric, suggested below']
+    assert '## Warnings: 1' in again
+
+
+def test_weights_to_start_from(advise, digits):
+    import torch
+    torch.save({}, 'mine.pth')
+    report = advise('resnet_bce_digits.py', RANDOM + "\nload_from = 'https://host/a.pth'")
+    assert 'Note: load_from = https://host/a.pth is no local file' in report
+    report = advise('resnet_bce_digits.py', RANDOM + "\nload_from = 'mine.pth'")
+    assert 'Note' not in report
+
+
+@pytest.mark.parametrize('model, dropped', (
+    (dict(backbone=dict(init_cfg=[dict(type='Kaiming'), dict(type='Pretrained', checkpoint='torchvision://r')])),
+     'model.backbone.init_cfg.1.checkpoint'),
+    (dict(backbone=dict(pretrained=True)), 'model.backbone.pretrained'),
+    (dict(heads=[dict(init_cfg=dict(type='Pretrained', checkpoint='gone.pth'))]), 'model.heads.0.init_cfg.checkpoint')))
+def test_downloads_are_dropped(model, dropped):
+    assert [what.split(' = ')[0] for what in TOOL.drop_downloads(model)] == [dropped]
+    assert list(TOOL.drop_downloads(model)) == []
+
+
+def test_local_weights_are_kept():
+    Path('here.pth').touch()
+    model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='here.pth'), pretrained='here.pth'))
+    assert list(TOOL.drop_downloads(model)) == [] and model['backbone']['init_cfg']['checkpoint'] == 'here.pth'
+
+
+@pytest.mark.parametrize('text, argv, message', (
+    ('', ['--batches', '0'], '--batches 0: at least 1'),
+    ('', ['--plot', 'x.txt'], 'written to .png, .svg or .pdf'),
+    ('', ['--cfg-options', 'train_dataloader.dataset.ann_file=gone.json'], 'gone.json'),
+    ('train_dataloader = None', [], 'c.py has no train_dataloader'),
+    ('model = dict(head=dict(num_classes=10))', [], 'model.head has num_classes=10, but the training data has 40'),
+    ("model = dict(head=dict(type='Absent'))", [], 'The model cannot be built: KeyError'),
+    ('model = dict(head=dict(in_channels=7))', [], 'The first batches do not go through the model: RuntimeError'),
+    ("train_dataloader['dataset']['classes'] = ['red 0', 'none']", [], 'The training data cannot be read: ValueError')),
+    ids=('batches', 'plot', 'data', 'loader', 'classes', 'type', 'shape', 'labels'))
+def test_refusals(text, argv, message, advise):
+    if text.startswith('model'):
+        text += "\nmodel['backbone'] = dict(init_cfg=None)"
+    assert message in refusal(advise, 'resnet_bce_digits.py', text, *argv)
