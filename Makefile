@@ -29,7 +29,7 @@ docs: setup
 
 # Half an hour on 2 cores; MMASL_FULL: annotations of Open Images' full size too, which docs/scale.md shows.
 benchmark: setup
-	MMASL_FULL=1 $(PY) benchmarks/benchmark.py
+	MMASL_FULL=1 $(PY) benchmarks/speed/run.py
 
 # Known vulnerabilities of the pinned versions, by PyPI's word. --strict: what cannot be looked up has not passed.
 audit:

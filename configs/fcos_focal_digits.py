@@ -40,7 +40,7 @@ model = dict(
                   max_per_img=20))
 
 optim_wrapper = dict(clip_grad=dict(max_norm=10.))
-# Best of the search in benchmarks/digits_lr.csv, for focal loss and ASL alike.
+# Best of the search in benchmarks/learning_rates/digits.csv, for focal loss and ASL alike.
 param_scheduler = dict(eta_max=1.6e-2)
 train_cfg = dict(max_epochs=4, val_interval=2)
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=1))

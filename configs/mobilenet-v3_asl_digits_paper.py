@@ -3,5 +3,5 @@ _base_ = './mobilenet-v3_bce_digits_paper.py'
 
 model = dict(head=dict(loss=dict(gamma_neg=4.0, clip=0.05)))
 
-# Best of the search in benchmarks/paper/digits_lr.csv.
+# Best of the search in benchmarks/learning_rates/digits_paper.csv.
 param_scheduler = dict(eta_max=2e-2)

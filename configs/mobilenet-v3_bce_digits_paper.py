@@ -11,5 +11,5 @@ model = dict(
             type='Pretrained', checkpoint='work_dirs/mobilenet-v3_ce_glyphs/epoch_24.pth', prefix='backbone.')),
     head=dict(in_channels=48))
 
-# Best of the search in benchmarks/paper/digits_lr.csv.
+# Best of the search in benchmarks/learning_rates/digits_paper.csv.
 param_scheduler = dict(eta_max=1e-2)

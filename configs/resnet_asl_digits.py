@@ -13,5 +13,5 @@ model = dict(
             clip=0.05,
             detach_focusing=False,
             reduction='mean')))
-# Best of the search in benchmarks/digits_lr.csv.
+# Best of the search in benchmarks/learning_rates/digits.csv.
 param_scheduler = dict(eta_max=2.4e-2)

@@ -22,6 +22,6 @@ model = dict(
             detach_focusing=False,
             reduction='mean')))
 
-# Best of the search in benchmarks/digits_lr.csv, where every loss had the same learning rates to try.
+# Best of the search in benchmarks/learning_rates/digits.csv, where every loss had the same learning rates to try.
 param_scheduler = dict(eta_max=4.8e-2)
 randomness = dict(seed=0)

@@ -3,5 +3,5 @@ _base_ = './resnet_bce_digits_hard.py'
 
 model = dict(backbone=dict(init_cfg=dict(checkpoint='work_dirs/resnet_ce_glyphs_24e/epoch_24.pth')))
 
-# Best of the search in benchmarks/paper/digits_lr.csv, where every loss had the same learning rates to try.
+# Best of the search in benchmarks/learning_rates/digits_paper.csv, where every loss had the same learning rates to try.
 param_scheduler = dict(eta_max=2e-2)

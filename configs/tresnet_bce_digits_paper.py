@@ -13,5 +13,5 @@ model = dict(
             type='Pretrained', checkpoint='work_dirs/tresnet_ce_glyphs/epoch_24.pth', prefix='backbone.')),
     head=dict(in_channels=512))
 
-# Best of the search in benchmarks/paper/digits_lr.csv.
+# Best of the search in benchmarks/learning_rates/digits_paper.csv.
 param_scheduler = dict(eta_max=4e-2)

@@ -310,7 +310,7 @@ def sisters() -> list[tuple[str, str]]:
 def test_sisters_differ_in_the_loss_alone(name, other):
     different = differences(load(name), load(other))
     assert different
-    # On the digits every loss has its own learning rate, from an equal search: benchmarks/digits_lr.csv, paper/ too.
+    # On the digits every loss has its own learning rate, from an equal search: benchmarks/learning_rates/digits.csv, paper/ too.
     allowed = {'param_scheduler.eta_max.'} if name.endswith(('_digits', '_digits_paper')) else set()
     # Beside MMDetection's own loss there is no gap to log.
     allowed |= {'custom_hooks.0.type.'} if load(other).default_scope == 'mmdet' else set()

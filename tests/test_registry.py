@@ -5,7 +5,7 @@ from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, DefaultScope
 NAMES = {
     MODELS: ['AsymmetricLoss', 'AsymmetricSoftmaxLoss', 'MultiLabelClsHead', 'MultiLabelLinearClsHead', 'CSRAClsHead'],
     DATASETS: ['CocoMultiLabel', 'VOCMultiLabel', 'NUSWide', 'OpenImages', 'Herbarium2020'],
-    METRICS: ['MultiLabelReport', 'MacroF1'],
+    METRICS: ['MultiLabelMetric', 'MacroF1'],
     HOOKS: ['ProbabilityGapHook', 'AdaptiveAsymmetryHook', 'ResumeHook', 'CheckDataHook', 'CheckFiniteHook']}
 
 

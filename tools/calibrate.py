@@ -20,8 +20,8 @@ from mmengine.config import Config
 from mmengine.runner.amp import autocast
 from torch import Tensor, nn
 
-from mmasl import AsymmetricLoss, MultiLabelReport
-from mmasl.evaluation.metrics import Conventions, expected_calibration_error, multilabel_report, reliability
+from mmasl import AsymmetricLoss, MultiLabelMetric
+from mmasl.evaluation.metrics import Conventions, expected_calibration_error, multilabel_metrics, reliability
 from mmasl.models.heads.calibrated_predictions import calibration_settings
 from mmasl.ops import inverse_posterior, posterior, posterior_cap
 from mmasl.reproduce.runs import write_rows
@@ -92,7 +92,7 @@ def predict(cfg: Config, amp: bool = False) -> Predictions:
         raise SystemExit(f'{cfg.filename}: {error}') from None
     load_weights(runner)
     model, loader = runner.model.eval(), runner.val_dataloader
-    labels = MultiLabelReport()  # reads the labels of samples
+    labels = MultiLabelMetric()  # reads the labels of samples
     labels.dataset_meta = loader.dataset.metainfo
     logits = []
     for batch in progress(loader, 'predicting'):
@@ -149,7 +149,7 @@ def compare(predictions: Predictions,
     rows, scores = [], {name: values.numpy() for name, values in found.items()}
     known = labels >= 0
     for name, values in scores.items():
-        report, _ = multilabel_report(scores['p'], labels, Conventions(topk=None), calibrated=values)
+        report, _ = multilabel_metrics(scores['p'], labels, Conventions(topk=None), calibrated=values)
         figures = {'ECE': report['ECE'], 'class-wise ECE': expected_calibration_error(values, labels, classwise=True),
                    'Brier': np.square(values - labels)[known].mean()}
         if predictions.truth is not None:

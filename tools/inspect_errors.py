@@ -12,7 +12,7 @@ from mmengine.runner.amp import autocast
 from mmpretrain.models.heads import MultiLabelClsHead
 from rich.console import Console
 
-from mmasl import MultiLabelReport
+from mmasl import MultiLabelMetric
 from mmasl.analysis.error_page import Results, analyse_errors, candidates, render
 from mmasl.models.heads.calibrated_predictions import calibration_settings
 from mmasl.ops import posterior_cap
@@ -81,7 +81,7 @@ def predict(cfg: Config, amp: bool = False) -> tuple[Results, str]:
         raise SystemExit(f'{cfg.filename}: {type(head).__name__} is no multi-label head as MultiLabelLinearClsHead is')
     load_weights(runner)
     model, loader = runner.model.eval(), runner.test_dataloader
-    report = MultiLabelReport()  # reads and checks labels
+    report = MultiLabelMetric()  # reads and checks labels
     report.dataset_meta = loader.dataset.metainfo
     batches, images = [], []
     for batch in progress(loader, 'predicting'):

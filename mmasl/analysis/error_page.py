@@ -16,7 +16,7 @@ from mmengine import fileio
 from PIL import Image, ImageOps
 
 from mmasl.analysis.gradient import Setting, analyse, loss_and_gradient
-from mmasl.evaluation.metrics import Conventions, count_labels, multilabel_report, probability_gap
+from mmasl.evaluation.metrics import Conventions, count_outcomes, multilabel_metrics, probability_gap
 from mmasl.ops import inverse_posterior, posterior
 
 BINS = 100  # of the histograms; the threshold curves have their ends
@@ -104,21 +104,21 @@ def analyse_errors(results: Results, top: int = 60) -> Errors:
     A label is predicted where its posterior exceeds 1/2, or p where there is no posterior.
 
     Raises:
-        ValueError: As :func:`mmasl.evaluation.metrics.multilabel_report`.
+        ValueError: As :func:`mmasl.evaluation.metrics.multilabel_metrics`.
     """
     logits, labels, classes = results.logits, results.labels, list(results.classes)
     p = torch.from_numpy(logits).sigmoid().numpy()
     conventions = Conventions(topk=None)
-    report, ap = multilabel_report(p, labels, conventions, classes)
+    report, ap = multilabel_metrics(p, labels, conventions, classes)
     decisive, half, reports = p, np.full(len(classes), 0.5), {'p > 1/2': report}
     if results.settings is not None:
         blocks = torch.from_numpy(logits).split(max(1, 2**24 // len(classes)))  # its steps need much memory
         decisive = torch.cat([posterior(block, **results.settings) for block in blocks]).numpy()
         half[:] = inverse_posterior(0.5, **results.settings).sigmoid().numpy()
-        reports = {'posterior > 1/2': multilabel_report(p, labels, conventions, classes, decisive)[0], **reports}
+        reports = {'posterior > 1/2': multilabel_metrics(p, labels, conventions, classes, decisive)[0], **reports}
 
     predicted = decisive > 0.5
-    counts = count_labels(predicted, labels)
+    counts = count_outcomes(predicted, labels)
     missed, wrong = ~predicted & (labels == 1), predicted & (labels == 0)
     mistakes = missed.sum(0) + wrong.sum(0)
     worst, frequent = _largest(mistakes, PAIRED), _largest(counts[2], MATRIX)

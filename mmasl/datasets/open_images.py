@@ -30,7 +30,7 @@ class OpenImages(MultiLabelDataset):
     ``gt_score``, float32 (C,) of 1, 0 and, where nobody looked, -1 or 0 by ``unannotated``. Images are those with a
     label, in the order of their ids.
 
-    - Evaluate with ``unannotated='ignore'``: ``mmasl.MultiLabelReport`` leaves -1 out. Without that, mAP is at most
+    - Evaluate with ``unannotated='ignore'``: ``mmasl.MultiLabelMetric`` leaves -1 out. Without that, mAP is at most
       half of what is published.
     - Train with 'ignore' and a loss with ``ignore_index=-1``, or with 'negative'. A weight in between, which is what
       the paper used (App. F, the value is not given), or a gamma of their own is a matter of the loss and not of the

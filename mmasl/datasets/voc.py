@@ -21,7 +21,7 @@ class VOCMultiLabel(VOC):
     A sample has ``img_path``, ``gt_label`` (sorted list of int, the positive classes), ``gt_label_difficult`` (the
     classes present only as difficult) and, with ``difficult='ignore'``, ``gt_score``: float32 (C,) of 0, 1 and -1 for
     ignored. Heads and metrics of mmpretrain take it in place of ``gt_label``; give the loss and
-    ``mmasl.MultiLabelReport`` ``ignore_index=-1``, and do not mix such images (Mixup, CutMix).
+    ``mmasl.MultiLabelMetric`` ``ignore_index=-1``, and do not mix such images (Mixup, CutMix).
 
     Args:
         data_root: The folder ``VOC2007`` or of the same layout.

@@ -1,7 +1,7 @@
 """Metrics of multi-label classification, with every convention named, and :class:`MacroF1` for thousands of classes of
 which a sample has one.
 
-Pure functions on NumPy arrays do the arithmetic, :class:`MultiLabelReport` collects what they need. ``scores`` are
+Pure functions on NumPy arrays do the arithmetic, :class:`MultiLabelMetric` collects what they need. ``scores`` are
 float (N, C), ``labels`` int8 (N, C): 1 positive, 0 negative, -1 ignored.
 
 The report keeps no matrix of scores beside one of labels: :func:`pack` puts both into one integer. Sorting those of a
@@ -140,7 +140,7 @@ def predicted_labels(scores: np.ndarray,
     return predicted
 
 
-def count_labels(predicted: np.ndarray, labels: np.ndarray, ignored: str = 'skip') -> np.ndarray:
+def count_outcomes(predicted: np.ndarray, labels: np.ndarray, ignored: str = 'skip') -> np.ndarray:
     """True positives, predictions and positives of each class, int (3, C), from two (N, C) arrays."""
     _check_choice('ignored', ignored, CHOICES['ignored'])
     positive = labels == 1
@@ -250,12 +250,12 @@ def _calibration_error(sums: np.ndarray, classwise: bool = False) -> float:
     return float(error.mean())
 
 
-def multilabel_report(scores: np.ndarray,
+def multilabel_metrics(scores: np.ndarray,
                       labels: np.ndarray,
                       conventions: Conventions = PRESETS['paper'],
                       classes: Sequence[str] | None = None,
                       calibrated: np.ndarray | None = None) -> tuple[dict[str, float], np.ndarray]:
-    """All metrics by the names of :class:`MultiLabelReport`, and the classes' average precision (C,) in percent.
+    """All metrics by the names of :class:`MultiLabelMetric`, and the classes' average precision (C,) in percent.
 
     ``scores`` are probabilities (N, C), ``labels`` (N, C) in {1, 0, -1}; ``classes`` only name the classes in errors.
     ``calibrated`` probabilities (N, C) pass the threshold, and have the calibration error, in place of ``scores``.
@@ -513,7 +513,7 @@ def _names(chosen: np.ndarray, classes: Sequence[str] | None) -> str:
 
 
 @METRICS.register_module()
-class MultiLabelReport(BaseMetric):
+class MultiLabelMetric(BaseMetric):
     """mAP, precision, recall and F1 by class and overall, the same for top-k, probability gap and calibration error.
 
     It reads the samples that mmpretrain's multi-label heads return: ``pred_score``, probabilities (C,), and
@@ -556,15 +556,15 @@ class MultiLabelReport(BaseMetric):
         score_dtype: 'float32' or 'float16', what scores are kept in. 'float16' halves the memory, to 2 bytes a label,
             and tells probabilities apart by 11 bits: near 1 in steps of 2^-11, so that all above 1 - 2^-12 tie. Ties
             are one step of the curve and mostly lower the average precision: by 0.02 points of mAP in the case
-            'precision' of benchmarks/parts/metrics.py, by 1.3 with 4 times its logits. The threshold is rounded alike.
+            'precision' of benchmarks/speed/metrics.py, by 1.3 with 4 times its logits. The threshold is rounded alike.
         conventions: Fields of :class:`Conventions` that override the preset.
 
     Raises:
         ValueError: If an argument is unknown; if scores are no probabilities, labels out of range or class counts
-            differ, at the first such sample; if there are no samples; and as :func:`multilabel_report`.
+            differ, at the first such sample; if there are no samples; and as :func:`multilabel_metrics`.
 
     Example:
-        >>> metric = MultiLabelReport(topk=1, empty='zero')
+        >>> metric = MultiLabelMetric(topk=1, empty='zero')
         >>> metric.process(None, [
         ...     dict(pred_score=torch.tensor([0.9, 0.6, 0.2]), gt_label=torch.tensor([0])),
         ...     dict(pred_score=torch.tensor([0.7, 0.8, 0.1]), gt_score=torch.tensor([1., 1., -1.]))])
@@ -633,7 +633,7 @@ class MultiLabelReport(BaseMetric):
     def compute_metrics(self, results: list[np.ndarray]) -> dict[str, float]:
         """The metrics by name, from the samples of all processes."""
         if not results:
-            raise ValueError('MultiLabelReport got no samples: is the evaluated data set or its loader empty?')
+            raise ValueError('MultiLabelMetric got no samples: is the evaluated data set or its loader empty?')
         kinds, num_classes = len(self.score_keys), len(self._classes or ()) or self.num_classes
         as_records = [bool(sample.dtype.names) for sample in results]
 
@@ -788,7 +788,7 @@ class MacroF1(BaseMetric):
         value = torch.as_tensor(sample[key]).reshape(-1)
         if len(value) != 1:
             raise ValueError(f'{self._name(sample, index)}: {key} {value.tolist()} is not one class: of samples with '
-                             'several, take mmasl.MultiLabelReport')
+                             'several, take mmasl.MultiLabelMetric')
         return int(value)
 
     @staticmethod

@@ -42,7 +42,7 @@ class Results:
     """The rows of trainings, and of the curves of some.
 
     Args:
-        folder: Holds ``<data>.csv``, ``<data>_curves.csv`` and ``<data>_missing.csv``, which benchmarks/missing_labels.py
+        folder: Holds ``<data>.csv``, ``<data>_curves.csv`` and ``<data>_missing.csv``, which benchmarks/paper/missing_labels.py
             writes; none need exist.
         data: 'real' or 'digits'.
     """

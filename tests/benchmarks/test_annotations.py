@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import benchmark
-from benchmarks.parts import annotations
+from benchmarks.speed import annotations
 
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / 'docs' / 'scale.md').read_text()

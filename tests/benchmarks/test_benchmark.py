@@ -1,4 +1,4 @@
-"""benchmarks/benchmark.py: its flags, its rendering, that docs/speed.md shows the committed rows, and what it judges."""
+"""benchmarks/speed/run.py: its flags, its rendering, that docs/speed.md shows the committed rows, and what it judges."""
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import benchmark
-from benchmarks.parts import loss, measure, step
+from benchmarks.speed import loss, measure, step
 from mmasl.ops.reference import asymmetric_loss as reference
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +18,7 @@ SPEED = ROOT / 'benchmarks' / 'speed'
 
 @pytest.mark.parametrize('path', benchmark.DOCS, ids=lambda path: path.stem)
 def test_documents_show_the_rows(path):
-    assert benchmark.render(path.read_text(), SPEED) == path.read_text(), 'run python benchmarks/benchmark.py --render'
+    assert benchmark.render(path.read_text(), SPEED) == path.read_text(), 'run python benchmarks/speed/run.py --render'
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -27,14 +27,14 @@ def test_documents_show_the_rows(path):
 def test_bad_flags(flags, message):
     if 'cuda' in flags and torch.cuda.is_available():
         pytest.skip('there is a GPU')
-    done = subprocess.run([sys.executable, 'benchmarks/benchmark.py', *flags], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, 'benchmarks/speed/run.py', *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr
 
 
 def test_render(tmp_path):
     doc = ('a\n<!-- a comment -->\n<!-- rows: step cpu -->\nold\n<!-- end -->\nb\n'
            '<!-- targets: step cpu -->\n<!-- end -->\nc')
-    assert 'Not measured yet: `python benchmarks/benchmark.py step --device cpu`' in benchmark.render(doc, tmp_path)
+    assert 'Not measured yet: `python benchmarks/speed/run.py step --device cpu`' in benchmark.render(doc, tmp_path)
     (tmp_path / 'step_cpu.csv').write_text(
         'model,loss,step_ms,step_over_stock,difference_of_losses_over_step,empty,commit,date,torch,device\n'
         'R,bce,100,1,0,,abc,2026-01-01,2.11,CPU\nR,asl,102,1.02,0.001,,abc,2026-01-01,2.11,CPU\n'

@@ -1,4 +1,4 @@
-"""benchmarks/parts/metrics.py at a small size: that it measures the same thing for all, and judges rows rightly."""
+"""benchmarks/speed/metrics.py at a small size: that it measures the same thing for all, and judges rows rightly."""
 import sys
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.parts import metrics
+from benchmarks.speed import metrics
 
 
 @pytest.mark.parametrize('negatives', ['all', 'verified'])

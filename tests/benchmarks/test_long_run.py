@@ -1,4 +1,4 @@
-"""benchmarks/long_run.py: what it counts and how it judges; and, slow, the long run itself."""
+"""benchmarks/long_run/long_run.py: what it counts and how it judges; and, slow, the long run itself."""
 import importlib.util
 import os
 import re
@@ -121,7 +121,7 @@ def test_refuses_a_folder_that_exists(tmp_path, monkeypatch):
 def test_an_hour_of_training(tmp_path):
     minutes = os.environ.get('MMASL_LONG_RUN_MINUTES', '60')
     done = subprocess.run(
-        [sys.executable, ROOT / 'benchmarks/long_run.py', '--minutes', minutes, '--work-dir', tmp_path / 'work',
+        [sys.executable, ROOT / 'benchmarks/long_run/long_run.py', '--minutes', minutes, '--work-dir', tmp_path / 'work',
          '--out', tmp_path / 'long_run.csv'], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout[-3000:]

@@ -1,4 +1,4 @@
-"""benchmarks/missing_labels.py: what a training made of the labels that are missing."""
+"""benchmarks/paper/missing_labels.py: what a training made of the labels that are missing."""
 import importlib.util
 import math
 from dataclasses import replace

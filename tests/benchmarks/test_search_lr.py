@@ -1,4 +1,4 @@
-"""benchmarks/search_lr.py: one row a run, beside the rows that are there."""
+"""benchmarks/learning_rates/search_lr.py: one row a run, beside the rows that are there."""
 import importlib.util
 import json
 from pathlib import Path

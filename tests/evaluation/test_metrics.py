@@ -17,11 +17,11 @@ from mmasl.evaluation.metrics import (
     PRESETS,
     Conventions,
     MacroF1,
-    MultiLabelReport,
+    MultiLabelMetric,
     average_precision,
-    count_labels,
+    count_outcomes,
     expected_calibration_error,
-    multilabel_report,
+    multilabel_metrics,
     pack,
     precision_recall_f1,
     predicted_labels,
@@ -136,21 +136,21 @@ def test_counts_agree_with_sklearn(shape, cf1, k):
     ranks = np.argsort(np.argsort(-scores, axis=1), axis=1)
     expected = sklearn_counts((scores > 0.5) & (ranks < (k or 20)), labels, cf1, zero_division=0)
     predicted = predicted_labels(scores, 0.5, topk=k)
-    assert precision_recall_f1(*count_labels(predicted, labels), Conventions(cf1=cf1)) == expected
+    assert precision_recall_f1(*count_outcomes(predicted, labels), Conventions(cf1=cf1)) == expected
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 @pytest.mark.parametrize('average, names', [('macro', COUNTS[:3]), ('micro', COUNTS[3:])])
 def test_counts_agree_with_torchmetrics_and_mmpretrain(shape, average, names):
-    from mmpretrain.evaluation import MultiLabelMetric
+    from mmpretrain.evaluation import MultiLabelMetric as StockMultiLabelMetric
     from torchmetrics.functional.classification import multilabel_f1_score, multilabel_precision, multilabel_recall
     scores, labels = make_data(2, *shape, ignored=0.2)
-    report, _ = multilabel_report(scores, labels, Conventions(cf1='mean'))
+    report, _ = multilabel_metrics(scores, labels, Conventions(cf1='mean'))
     args = torch.tensor(scores), torch.tensor(labels).long()
     for function, name in zip((multilabel_precision, multilabel_recall, multilabel_f1_score), names):
         theirs = function(*args, shape[1], threshold=0.5, average=average, ignore_index=-1)
         assert report[name] == pytest.approx(100 * theirs.item(), rel=1e-5)
-    theirs = MultiLabelMetric.calculate(*args, thr=0.5, average=average)
+    theirs = StockMultiLabelMetric.calculate(*args, thr=0.5, average=average)
     assert [report[name] for name in names] == pytest.approx([float(v) for v in theirs[:3]], rel=1e-5)
 
 
@@ -165,12 +165,12 @@ def test_cf1_is_harmonic_in_table_8():
 def test_topk_with_and_without_threshold():
     # Table 8 counts about 2.1 labels an image: top 3 and above the threshold. Without it each image has exactly 3.
     scores, labels = make_data(3, 100, 10)
-    both, _ = multilabel_report(scores, labels, Conventions(topk=3, topk_above_threshold=True))
-    only, _ = multilabel_report(scores, labels, Conventions(topk=3, topk_above_threshold=False))
+    both, _ = multilabel_metrics(scores, labels, Conventions(topk=3, topk_above_threshold=True))
+    only, _ = multilabel_metrics(scores, labels, Conventions(topk=3, topk_above_threshold=False))
     assert predicted_labels(scores, topk=3).sum(1).tolist() == [3] * 100
     assert only['OP_top3'] == pytest.approx(only['OR_top3'] * (labels == 1).sum() / 300)
     assert both['OP_top3'] > only['OP_top3'] and both['OR_top3'] < only['OR_top3']
-    none, _ = multilabel_report(scores, labels, Conventions(topk=None))
+    none, _ = multilabel_metrics(scores, labels, Conventions(topk=None))
     assert none == {name: value for name, value in both.items() if 'top' not in name}
 
 
@@ -194,9 +194,9 @@ def test_tied_scores_do_not_depend_on_the_order_as_in_mmpretrain():
 @pytest.mark.parametrize('levels', [None, 4], ids=['distinct', 'tied'])
 def test_permutation_invariance(levels):
     scores, labels = make_data(4, 80, 7, ignored=0.1, levels=levels)
-    expected, ap = multilabel_report(scores, labels)
+    expected, ap = multilabel_metrics(scores, labels)
     rows, columns = np.random.default_rng(0).permutation(80), np.random.default_rng(1).permutation(7)
-    got, got_ap = multilabel_report(scores[rows][:, columns], labels[rows][:, columns])
+    got, got_ap = multilabel_metrics(scores[rows][:, columns], labels[rows][:, columns])
     assert got == pytest.approx(expected, rel=1e-12)
     np.testing.assert_allclose(got_ap, ap[columns], rtol=1e-12)
 
@@ -206,31 +206,31 @@ def test_empty_classes():
     labels[:, 2] = 0
     kept = [0, 1, 3, 4, 5]
     for cf1 in CHOICES['cf1']:
-        skip, ap = multilabel_report(scores, labels, Conventions(empty='skip', cf1=cf1))
-        rest, _ = multilabel_report(scores[:, kept], labels[:, kept], Conventions(cf1=cf1))
+        skip, ap = multilabel_metrics(scores, labels, Conventions(empty='skip', cf1=cf1))
+        rest, _ = multilabel_metrics(scores[:, kept], labels[:, kept], Conventions(cf1=cf1))
         assert [skip[k] for k in ('mAP', 'CP', 'CR', 'CF1')] == [rest[k] for k in ('mAP', 'CP', 'CR', 'CF1')]
     assert np.isnan(ap).nonzero()[0].tolist() == [2] and skip['OP'] < rest['OP']
-    zero, ap = multilabel_report(scores, labels, Conventions(empty='zero'))
+    zero, ap = multilabel_metrics(scores, labels, Conventions(empty='zero'))
     assert zero == {**zero, **sklearn_counts(scores > 0.5, labels, 'harmonic', zero_division=0)}
     assert zero['mAP'] == pytest.approx(skip['mAP'] * 5 / 6) and ap[2] == 0
     with pytest.raises(ValueError, match=r"no positive label in 1 of 6 classes \('c'\): give empty='skip'"):
-        multilabel_report(scores, labels, Conventions(empty='error'), 'abcdef')
+        multilabel_metrics(scores, labels, Conventions(empty='error'), 'abcdef')
     with pytest.raises(ValueError, match='no class has a positive label'):
-        multilabel_report(scores, np.zeros_like(labels))
+        multilabel_metrics(scores, np.zeros_like(labels))
 
 
 def test_both_averages_of_table_7():
     from sklearn.metrics import average_precision_score
     scores, labels = make_data(24, 300, 6)
     labels[50:, 1] = labels[20:, 4] = 0
-    report, _ = multilabel_report(scores, labels)
+    report, _ = multilabel_metrics(scores, labels)
     assert [report['mAP'], report['mAP_weighted']] == pytest.approx(
         [100 * average_precision_score(labels, scores, average=x) for x in ('macro', 'weighted')], rel=1e-9)
     # A class without positives has no share in the weighted mean, however it counts in the other.
     labels[:, 2], kept = 0, [0, 1, 3, 4, 5]
     expected = 100 * average_precision_score(labels[:, kept], scores[:, kept], average='weighted')
     for empty in ('skip', 'zero'):
-        report, _ = multilabel_report(scores, labels, Conventions(empty=empty))
+        report, _ = multilabel_metrics(scores, labels, Conventions(empty=empty))
         assert report['mAP_weighted'] == pytest.approx(expected, rel=1e-9)
 
 
@@ -240,7 +240,7 @@ def test_class_without_negatives(monkeypatch):
     labels[:, 3] = 0
     messages = []
     monkeypatch.setattr(mmasl.evaluation.metrics, 'print_log', lambda message, *_: messages.append(message))
-    count, skip = (evaluate(MultiLabelReport(no_negative=x), scores, labels) for x in ('count', 'skip'))
+    count, skip = (evaluate(MultiLabelMetric(no_negative=x), scores, labels) for x in ('count', 'skip'))
     ap, n = 100 * average_precision(scores, labels), (labels == 1).sum(0)
     assert ap[1] == 100
     for report, kept in ((count, [0, 1, 2, 4]), (skip, [0, 2, 4])):
@@ -251,8 +251,8 @@ def test_class_without_negatives(monkeypatch):
     assert messages == [empty, empty, "no negative label in 1 of 5 classes ('1'): left out of mAP"]
     for kept in ([1], [1, 3]):
         with pytest.raises(ValueError, match="no class has a positive and a negative label .* no_negative='count'"):
-            multilabel_report(scores[:, kept], labels[:, kept], Conventions(no_negative='skip'))
-    zero, _ = multilabel_report(scores, labels, Conventions(no_negative='skip', empty='zero'))
+            multilabel_metrics(scores[:, kept], labels[:, kept], Conventions(no_negative='skip'))
+    zero, _ = multilabel_metrics(scores, labels, Conventions(no_negative='skip', empty='zero'))
     assert zero['mAP'] == pytest.approx(skip['mAP'] * 3 / 4)
 
 
@@ -260,10 +260,10 @@ def test_class_without_predictions():
     scores, labels = make_data(6, 60, 5)
     scores[:, 3] = 0.1
     for choice, zero_division in (('zero', 0), ('skip', np.nan)):
-        report, _ = multilabel_report(scores, labels, Conventions(no_prediction=choice))
+        report, _ = multilabel_metrics(scores, labels, Conventions(no_prediction=choice))
         expected = sklearn_counts(scores > 0.5, labels, 'harmonic', zero_division=zero_division)
         assert report == {**report, **expected}
-    report, _ = multilabel_report(np.zeros_like(scores), labels, Conventions(no_prediction='skip'))
+    report, _ = multilabel_metrics(np.zeros_like(scores), labels, Conventions(no_prediction='skip'))
     assert [report[name] for name in COUNTS] == [0] * 6
 
 
@@ -273,8 +273,8 @@ def test_class_with_ignored_labels_only():
     labels[:, 1] = -1
     with pytest.raises(IndexError):
         AveragePrecision.calculate(torch.tensor(scores), torch.tensor(labels))
-    report, ap = multilabel_report(scores, labels)
-    rest, _ = multilabel_report(scores[:, [0, 2, 3]], labels[:, [0, 2, 3]], Conventions(topk=None))
+    report, ap = multilabel_metrics(scores, labels)
+    rest, _ = multilabel_metrics(scores[:, [0, 2, 3]], labels[:, [0, 2, 3]], Conventions(topk=None))
     assert np.isnan(ap[1]) and report == {**report, **rest}
 
 
@@ -352,19 +352,19 @@ def test_report_decides_by_calibrated_scores():
     calibrated = np.where(scores < 0.3, 0, scores**2)
     samples = [dict(sample, calibrated_score=torch.tensor(c))
                for sample, c in zip(make_samples(scores, labels), calibrated)]
-    plain, got = (MultiLabelReport(calibrated=flag) for flag in (False, True))
+    plain, got = (MultiLabelMetric(calibrated=flag) for flag in (False, True))
     for metric in (plain, got):
         metric.process(None, samples)
     plain, got = ({k.split('/')[1]: v for k, v in metric.evaluate(100).items()} for metric in (plain, got))
-    assert plain == multilabel_report(scores, labels)[0]
-    by_square, _ = multilabel_report(calibrated, labels)
+    assert plain == multilabel_metrics(scores, labels)[0]
+    by_square, _ = multilabel_metrics(calibrated, labels)
     ranked = ('mAP', 'mAP_weighted', 'p_t_pos', 'p_t_neg', 'gap')
     assert got == {**by_square, **{name: plain[name] for name in ranked}}
     assert got['OF1'] != plain['OF1'] and got['ECE'] != plain['ECE'] and by_square['mAP'] != plain['mAP']
     # The k best of a sample are told by the raw scores where the calibrated ones are all 0.
-    none = multilabel_report(scores, labels, Conventions(topk_above_threshold=False), calibrated=0 * scores)[0]
+    none = multilabel_metrics(scores, labels, Conventions(topk_above_threshold=False), calibrated=0 * scores)[0]
     assert none['OF1'] == 0
-    expected = multilabel_report(scores, labels, Conventions(topk_above_threshold=False))[0]
+    expected = multilabel_metrics(scores, labels, Conventions(topk_above_threshold=False))[0]
     assert none['OF1_top3'] == expected['OF1_top3'] > 0
 
 
@@ -379,7 +379,7 @@ def preset_data():
 
 def test_preset_paper(preset_data):
     scores, labels = preset_data
-    report = evaluate(dict(type='mmasl.MultiLabelReport', preset='paper'), scores, labels)
+    report = evaluate(dict(type='mmasl.MultiLabelMetric', preset='paper'), scores, labels)
     best = (scores[:, :, None] < scores[:, None]).sum(2) < 3
     for above, suffix in ((scores > 0.5, ''), ((scores > 0.5) & best, '_top3')):
         predicted = above & (labels >= 0)
@@ -392,7 +392,7 @@ def test_preset_paper(preset_data):
 
 def test_preset_official(preset_data):
     scores, labels = preset_data
-    report = evaluate(MultiLabelReport('official'), scores, labels)
+    report = evaluate(MultiLabelMetric('official'), scores, labels)
     predicted = (scores > np.float32(0.8)) & (labels >= 0)
     assert report == {**report, **sklearn_counts(predicted, labels == 1, 'mean', zero_division=0)}
     assert report['mAP'] == pytest.approx(100 * average_precision(scores[:, :7], labels[:, :7]).sum() / 8)
@@ -401,9 +401,9 @@ def test_preset_official(preset_data):
 def test_preset_ml_gcn(preset_data):
     scores, labels = preset_data
     with pytest.raises(ValueError, match='no positive label in 1 of 8 classes'):
-        evaluate(MultiLabelReport('ml_gcn'), scores, labels)
+        evaluate(MultiLabelMetric('ml_gcn'), scores, labels)
     scores, labels = scores[:, :7], labels[:, :7]
-    report = evaluate(MultiLabelReport('ml_gcn'), scores, labels)
+    report = evaluate(MultiLabelMetric('ml_gcn'), scores, labels)
     # its counts take difficult labels for negatives, its average precision leaves them out
     assert report == {**report, **sklearn_counts(scores >= 0.5, labels == 1, 'harmonic')}
     assert report['mAP'] == pytest.approx(100 * average_precision(scores, labels).mean())
@@ -412,22 +412,23 @@ def test_preset_ml_gcn(preset_data):
 
 
 def test_preset_mmpretrain():
-    from mmpretrain.evaluation import AveragePrecision, MultiLabelMetric
+    from mmpretrain.evaluation import AveragePrecision
+    from mmpretrain.evaluation import MultiLabelMetric as StockMultiLabelMetric
     scores, labels = make_data(9, 200, 8, ignored=0.1)
     np.fill_diagonal(scores, 0.5)
     labels[:, 2] = 0
-    report = evaluate(MultiLabelReport('mmpretrain'), scores, labels)
-    theirs = [MultiLabelMetric(thr=0.5), MultiLabelMetric(thr=0.5, average='micro'), MultiLabelMetric(topk=3),
-              MultiLabelMetric(topk=3, average='micro'), AveragePrecision()]
+    report = evaluate(MultiLabelMetric('mmpretrain'), scores, labels)
+    theirs = [StockMultiLabelMetric(thr=0.5), StockMultiLabelMetric(thr=0.5, average='micro'), StockMultiLabelMetric(topk=3),
+              StockMultiLabelMetric(topk=3, average='micro'), AveragePrecision()]
     expected = [v for metric in theirs for v in evaluate(metric, scores, labels).values()]
     got = [report[name + k] for k in ('', '_top3') for name in COUNTS] + [report['mAP']]
     assert got == pytest.approx(expected, rel=1e-5)
     # given both, mmpretrain's metric takes the threshold and forgets k
-    assert evaluate(MultiLabelMetric(thr=0.5, topk=3), scores, labels) == evaluate(theirs[0], scores, labels)
+    assert evaluate(StockMultiLabelMetric(thr=0.5, topk=3), scores, labels) == evaluate(theirs[0], scores, labels)
 
 
 def test_explicit_arguments_override_the_preset():
-    metric = MultiLabelReport('official', threshold=0.3, topk=5)
+    metric = MultiLabelMetric('official', threshold=0.3, topk=5)
     assert metric.conventions == Conventions(threshold=0.3, cf1='mean', empty='zero', topk=5)
 
 
@@ -435,10 +436,10 @@ def test_reads_what_the_stock_head_returns():
     from mmpretrain.models import MultiLabelClsHead
     from mmpretrain.structures import DataSample
     logits, labels = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), make_data(0, 20, 4)[1]
-    expected = evaluate(MultiLabelReport(), logits.sigmoid().numpy(), labels)
+    expected = evaluate(MultiLabelMetric(), logits.sigmoid().numpy(), labels)
     for label in (lambda y: DataSample().set_gt_score(y), lambda y: DataSample().set_gt_label(y.nonzero()[0])):
         with DefaultScope.overwrite_default_scope('mmpretrain'):
-            evaluator = Evaluator(metrics=dict(type='mmasl.MultiLabelReport'))
+            evaluator = Evaluator(metrics=dict(type='mmasl.MultiLabelMetric'))
         evaluator.dataset_meta = dict(classes=('a', 'b', 'c', 'd'))
         evaluator.process(MultiLabelClsHead().predict((logits, ), [label(y) for y in labels]))
         assert {k.split('/')[1]: v for k, v in evaluator.evaluate(20).items()} == expected
@@ -448,16 +449,16 @@ def test_ignore_index_and_half_precision():
     scores, labels = make_data(10, 30, 4, ignored=0.2, levels=8)
     samples = [dict(pred_score=torch.tensor(s).bfloat16(), gt_score=np.where(y < 0, 3, y))
                for s, y in zip(scores, labels)]
-    metric = MultiLabelReport(ignore_index=3, prefix='x')
+    metric = MultiLabelMetric(ignore_index=3, prefix='x')
     metric.process(None, samples)
-    expected, _ = multilabel_report(torch.tensor(scores).bfloat16().float().numpy(), labels)
+    expected, _ = multilabel_metrics(torch.tensor(scores).bfloat16().float().numpy(), labels)
     assert metric.evaluate(30) == {f'x/{name}': value for name, value in expected.items()}
 
 
 def test_per_class_values_and_table(monkeypatch):
     scores, labels = make_data(11, 40, 3)
     labels[:, 1] = 0
-    metric = MultiLabelReport(per_class=True)
+    metric = MultiLabelMetric(per_class=True)
     metric.dataset_meta = dict(classes=('cat', 'traffic light', 'dog'))
     messages = []
     monkeypatch.setattr(mmasl.evaluation.metrics, 'print_log', lambda message, *_: messages.append(message))
@@ -482,7 +483,7 @@ GOOD = dict(pred_score=torch.tensor([0.1, 0.2]), gt_label=[0], img_path='a.jpg')
     (dict(gt_label=[-1]), r'gt_label \[-1\] must lie in 0 ... 1'),
 ])
 def test_refuses_bad_samples_at_once(change, message):
-    metric = MultiLabelReport()
+    metric = MultiLabelMetric()
     metric.dataset_meta = dict(classes=('cat', 'dog'))
     with pytest.raises(ValueError, match=message):
         metric.process(None, [GOOD, {**GOOD, **change}])
@@ -490,7 +491,7 @@ def test_refuses_bad_samples_at_once(change, message):
 
 
 def test_refuses_missing_fields_and_other_lengths():
-    metric = MultiLabelReport()
+    metric = MultiLabelMetric()
     with pytest.raises(ValueError, match='no samples'):
         metric.evaluate(0)
     with pytest.raises(ValueError, match='sample 0 has no pred_score: use a head'):
@@ -498,9 +499,9 @@ def test_refuses_missing_fields_and_other_lengths():
     with pytest.raises(ValueError, match='sample a.jpg has neither gt_score nor gt_label'):
         metric.process(None, [dict(pred_score=torch.rand(2), img_path='a.jpg')])
     with pytest.raises(ValueError, match='sample a.jpg has no calibrated_score: use a head .* mmasl.MultiLabelClsHead'):
-        MultiLabelReport(calibrated=True).process(None, [GOOD])
+        MultiLabelMetric(calibrated=True).process(None, [GOOD])
     with pytest.raises(ValueError, match='class 0: calibrated_score 2.0 is no probability'):
-        MultiLabelReport(calibrated=True).process(None, [dict(GOOD, calibrated_score=torch.tensor([2., 0.]))])
+        MultiLabelMetric(calibrated=True).process(None, [dict(GOOD, calibrated_score=torch.tensor([2., 0.]))])
     metric.process(None, [GOOD])
     with pytest.raises(ValueError, match=r'sample 1: pred_score has shape \(3,\), expected \(2,\)'):
         metric.process(None, [dict(pred_score=torch.rand(3), gt_label=[])])
@@ -517,7 +518,7 @@ def test_refuses_missing_fields_and_other_lengths():
 ])
 def test_refuses_unknown_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        MultiLabelReport(**arguments)
+        MultiLabelMetric(**arguments)
 
 
 def test_functions_refuse_bad_arguments():
@@ -525,17 +526,17 @@ def test_functions_refuse_bad_arguments():
     with pytest.raises(ValueError, match="mode='11points' is unknown; valid: 'non_interpolated'"):
         average_precision(scores, labels, '11points')
     with pytest.raises(ValueError, match="ignored='drop' is unknown; valid: 'skip', 'negative'"):
-        count_labels(scores > 0.5, labels, 'drop')
+        count_outcomes(scores > 0.5, labels, 'drop')
     with pytest.raises(ValueError, match=r'scores \(60, 6\) and labels \(60, 5\)'):
-        multilabel_report(scores, labels[:, 1:])
+        multilabel_metrics(scores, labels[:, 1:])
     with pytest.raises(ValueError, match=r'calibrated scores \(60, 5\) and scores \(60, 6\)'):
-        multilabel_report(scores, labels, calibrated=scores[:, 1:])
+        multilabel_metrics(scores, labels, calibrated=scores[:, 1:])
     with pytest.raises(ValueError, match=r'calibrated scores reach from -1.\d+ to .*: probabilities lie in \[0, 1\]'):
-        multilabel_report(scores, labels, calibrated=scores - 2)
+        multilabel_metrics(scores, labels, calibrated=scores - 2)
     with pytest.raises(ValueError, match='scores reach from nan to nan'):
-        multilabel_report(scores * np.float32('nan'), labels)
+        multilabel_metrics(scores * np.float32('nan'), labels)
     with pytest.raises(ValueError, match='labels hold 2: positive, negative and ignored are 1, 0 and -1'):
-        multilabel_report(scores, 2 * labels)
+        multilabel_metrics(scores, 2 * labels)
     with pytest.raises(ValueError, match='bins=0 is not a positive integer'):
         expected_calibration_error(scores, labels, 0)
 
@@ -612,7 +613,7 @@ def test_report_by_definition(shape, conventions, calibrated, score_dtype, block
     # a second score which is no function of the first, as that of per-class parameters
     other = np.clip(scores**2 + np.linspace(0, 0.3, shape[1], dtype=np.float32), 0, 1)
     samples = [dict(sample, calibrated_score=o) for sample, o in zip(make_samples(scores, labels), other)]
-    metric = MultiLabelReport(calibrated=calibrated, score_dtype=score_dtype, **dict(empty='zero') | conventions)
+    metric = MultiLabelMetric(calibrated=calibrated, score_dtype=score_dtype, **dict(empty='zero') | conventions)
     for start in range(0, len(samples), 16):
         metric.process(None, samples[start:start + 16])
     assert {x.dtype.itemsize for x in metric.results} == {np.dtype(score_dtype).itemsize}
@@ -621,7 +622,7 @@ def test_report_by_definition(shape, conventions, calibrated, score_dtype, block
     expected = report_by_definition(scores, labels, other if calibrated else scores, metric.conventions)
     assert got.keys() == expected.keys()
     assert got == pytest.approx(expected, rel=1e-9, nan_ok=True)
-    direct, _ = multilabel_report(scores, labels, metric.conventions, calibrated=other if calibrated else None)
+    direct, _ = multilabel_metrics(scores, labels, metric.conventions, calibrated=other if calibrated else None)
     np.testing.assert_equal(direct, got)
 
 
@@ -629,7 +630,7 @@ def test_float16_rounds_the_threshold_too():
     # 0.8 rounds down: in float16 it must not fall below its own threshold
     args = np.full((4, 1), 0.8, np.float32), np.ones((4, 1), np.int8)
     for inclusive in (False, True):
-        metric = MultiLabelReport(threshold=0.8, inclusive=inclusive, score_dtype='float16')
+        metric = MultiLabelMetric(threshold=0.8, inclusive=inclusive, score_dtype='float16')
         assert evaluate(metric, *args)['OR'] == (100 if inclusive else 0)
 
 
@@ -642,7 +643,7 @@ def test_order_and_parts_of_the_samples_do_not_matter(score_dtype, monkeypatch):
         monkeypatch.setattr(mmasl.evaluation.metrics, 'BLOCK', block)
         gathered = []
         for part in parts:
-            metric = MultiLabelReport(score_dtype=score_dtype)
+            metric = MultiLabelMetric(score_dtype=score_dtype)
             metric.process(None, part)
             gathered += metric.results
         reports.append(metric.compute_metrics(gathered))
@@ -652,7 +653,7 @@ def test_order_and_parts_of_the_samples_do_not_matter(score_dtype, monkeypatch):
 def test_memory_beside_the_samples_is_that_of_blocks(monkeypatch):
     monkeypatch.setattr(mmasl.evaluation.metrics, 'BLOCK', 2**16)
     scores, labels = make_data(20, 2000, 700, ignored=0.5)
-    metric = MultiLabelReport(score_dtype='float16')
+    metric = MultiLabelMetric(score_dtype='float16')
     for start in range(0, 2000, 100):
         metric.process(None, [dict(pred_score=s, gt_score=y) for s, y in zip(scores[start:start + 100],
                                                                              labels[start:start + 100])])
@@ -681,10 +682,10 @@ def test_annotated_labels_are_all_that_is_kept_and_needed(conventions, calibrate
     scores[5] = scores[6, :80] = 0  # many labels tied among the k best
     samples = [dict(sample, calibrated_score=torch.tensor(s**2))
                for sample, s in zip(make_samples(scores, labels), scores)]
-    few = MultiLabelReport(calibrated=calibrated, score_dtype=score_dtype, **conventions)
+    few = MultiLabelMetric(calibrated=calibrated, score_dtype=score_dtype, **conventions)
     with monkeypatch.context() as patch:
         keep_all_labels(patch)
-        all_ = MultiLabelReport(calibrated=calibrated, score_dtype=score_dtype, **conventions)
+        all_ = MultiLabelMetric(calibrated=calibrated, score_dtype=score_dtype, **conventions)
         all_.process(None, samples)
     few.process(None, samples[:20])
     few.process(None, samples[20:])
@@ -701,11 +702,11 @@ def test_all_labels_are_kept_where_ignored_ones_matter_or_few_are():
     for share, conventions, records in ((0.9, dict(), True), (0.9, dict(ignored='negative'), False),
                                         (0.6, dict(), False), (0.9, dict(topk=80), False), (1, dict(topk=None), True)):
         scores, labels = make_data(27, 20, 80, ignored=share)
-        metric = MultiLabelReport(empty='zero', **conventions)
+        metric = MultiLabelMetric(empty='zero', **conventions)
         metric.process(None, make_samples(scores, labels))
         assert {bool(x.dtype.names) for x in metric.results} == {records}
         got = {k.split('/')[1]: v for k, v in metric.evaluate(20).items()}
-        np.testing.assert_equal(got, multilabel_report(scores, labels, metric.conventions)[0])
+        np.testing.assert_equal(got, multilabel_metrics(scores, labels, metric.conventions)[0])
 
 
 def test_memory_is_that_of_annotated_labels(monkeypatch):
@@ -713,7 +714,7 @@ def test_memory_is_that_of_annotated_labels(monkeypatch):
     monkeypatch.setattr(mmasl.evaluation.metrics, 'BLOCK', 2**16)
 
     def peak():
-        metric = MultiLabelReport()
+        metric = MultiLabelMetric()
         samples = [dict(pred_score=s, gt_score=y) for s, y in zip(scores, labels)]
         tracemalloc.start()
         for start in range(0, 2000, 50):
@@ -730,7 +731,7 @@ def test_memory_is_that_of_annotated_labels(monkeypatch):
 
 def test_samples_are_moved_into_slabs_in_their_order(monkeypatch):
     samples = make_samples(*make_data(23, 26, 4, ignored=0.2))
-    loose, moved = MultiLabelReport(score_dtype='float16'), MultiLabelReport(score_dtype='float16')
+    loose, moved = MultiLabelMetric(score_dtype='float16'), MultiLabelMetric(score_dtype='float16')
     loose.process(None, samples)
     monkeypatch.setattr(mmasl.evaluation.metrics, 'SLAB', 7 * 4 * 2 + 1)
     for size, start in ((5, 0), (5, 5), (16, 10)):
@@ -739,7 +740,7 @@ def test_samples_are_moved_into_slabs_in_their_order(monkeypatch):
     assert [moved.results[i].base.shape[0] for i in (0, 6, 7, 20, 21, 25)] == [7, 7, 14, 14, 16, 16]
     # Records stay where they are.
     few = [dict(sample, gt_score=torch.full((4, ), -1.)) for sample in samples[:3]]
-    moved, loose = (MultiLabelReport(topk=None) for _ in range(2))
+    moved, loose = (MultiLabelMetric(topk=None) for _ in range(2))
     for batch in (samples[:3], few, samples[3:23]):
         moved.process(None, batch)
     assert [bool(x.dtype.names) for x in moved.results] == [False] * 3 + [True] * 3 + [False] * 20
@@ -749,12 +750,12 @@ def test_samples_are_moved_into_slabs_in_their_order(monkeypatch):
 
 def test_samples_with_classes_and_with_scores_in_one_batch():
     scores, labels = make_data(21, 20, 6)
-    expected = evaluate(MultiLabelReport(), scores, labels)
+    expected = evaluate(MultiLabelMetric(), scores, labels)
     samples = make_samples(scores, labels)
     for sample in samples[1::3]:
         sample['gt_label'] = sample.pop('gt_score').nonzero()[:, 0]
     samples[2]['gt_label'] = samples[2].pop('gt_score').nonzero()[:, 0].tolist()
-    metric = MultiLabelReport()
+    metric = MultiLabelMetric()
     metric.process(None, samples)
     assert {k.split('/')[1]: v for k, v in metric.evaluate(20).items()} == expected
 
@@ -762,12 +763,12 @@ def test_samples_with_classes_and_with_scores_in_one_batch():
 def test_report_of_integers_and_doubles():
     scores, labels = make_data(22, 40, 5)
     binary = (scores > 0.5).astype(int)
-    expected, _ = multilabel_report(binary.astype(np.float32), labels)
-    assert multilabel_report(binary, labels)[0] == pytest.approx(expected)
+    expected, _ = multilabel_metrics(binary.astype(np.float32), labels)
+    assert multilabel_metrics(binary, labels)[0] == pytest.approx(expected)
     # apart in float64 only
     close = 0.5 + 1e-12 * np.arange(40)[:, None]
-    _, ap = multilabel_report(close, (np.arange(40) >= 20)[:, None].astype(np.int8))
-    assert ap == 100 and multilabel_report(close, labels[:, :1])[0]['OP'] > 0
+    _, ap = multilabel_metrics(close, (np.arange(40) >= 20)[:, None].astype(np.int8))
+    assert ap == 100 and multilabel_metrics(close, labels[:, :1])[0]['OP'] > 0
 
 
 def samples_of_two_kinds():
@@ -784,7 +785,7 @@ def samples_of_one_label():
 def evaluate_on_rank(rank, folder):
     torch.distributed.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
     samples = samples_of_two_kinds()
-    metric = MultiLabelReport(collect_dir=f'{folder}/parts')
+    metric = MultiLabelMetric(collect_dir=f'{folder}/parts')
     # as DistributedSampler deals them: alternating, and the first sample once more to fill up
     metric.process(None, (samples + samples[:1])[rank::2])
     assert bool(metric.results[0].dtype.names) == (rank == 0)
@@ -797,7 +798,7 @@ def evaluate_on_rank(rank, folder):
 
 def test_two_processes_agree_with_one(tmp_path):
     torch.multiprocessing.spawn(evaluate_on_rank, (str(tmp_path), ), nprocs=2)
-    metric = MultiLabelReport()
+    metric = MultiLabelMetric()
     metric.process(None, samples_of_two_kinds())
     expected = [metric.evaluate(21), macro_f1(samples_of_one_label())]
     assert torch.load(tmp_path / '0.pt') == torch.load(tmp_path / '1.pt') == expected
@@ -867,7 +868,7 @@ def test_macro_f1_keeps_no_scores():
 @pytest.mark.parametrize('sample, message', [
     (dict(pred_label=1), 'sample 0 has no gt_label: evaluate a single-label head, such as LinearClsHead'),
     (dict(gt_label=1, img_path='a.jpg'), 'sample a.jpg has no pred_label'),
-    (dict(gt_label=torch.tensor([0, 2]), pred_label=1), r'gt_label \[0, 2\] is not one class: .*MultiLabelReport'),
+    (dict(gt_label=torch.tensor([0, 2]), pred_label=1), r'gt_label \[0, 2\] is not one class: .*MultiLabelMetric'),
     (dict(gt_label=1, pred_label=1, pred_score=torch.tensor([0.1, float('nan')])), 'sample 0: pred_score is nan')])
 def test_samples_that_have_no_f1(sample, message):
     with pytest.raises(ValueError, match=message):

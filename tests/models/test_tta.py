@@ -106,7 +106,7 @@ _base_ = {str(ROOT / 'configs/resnet_asl_digits.py')!r}
 model = dict(backbone=dict(init_cfg=None), head=dict(type='mmasl.MultiLabelLinearClsHead', num_classes=10))
 data_preprocessor = dict(num_classes=10)
 test_dataloader = dict(batch_size=4, dataset=dict(data_root='digits'))
-test_evaluator = dict(type='mmasl.MultiLabelReport', calibrated=True)
+test_evaluator = dict(type='mmasl.MultiLabelMetric', calibrated=True)
 tta_model = dict(type='mmasl.MultiLabelTTAModel')
 """)
     rng = torch.Generator().manual_seed(0)

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from torch.testing import assert_close
 
-from mmasl import AsymmetricLoss, AsymmetricSoftmaxLoss, MultiLabelReport
-from mmasl.evaluation.metrics import CHOICES, Conventions, average_precision, multilabel_report
+from mmasl import AsymmetricLoss, AsymmetricSoftmaxLoss, MultiLabelMetric
+from mmasl.evaluation.metrics import CHOICES, Conventions, average_precision, multilabel_metrics
 from mmasl.ops import asymmetric_loss
 
 set_hypothesis_home_dir(Path(__file__).parents[2] / '.pytest_cache/hypothesis')
@@ -426,16 +426,16 @@ def test_among_ties_a_better_score_may_lower_average_precision():
 @given(scored(), conventions, seeds)
 def test_report_is_bounded_and_order_and_repetition_do_not_matter(drawn, c, seed):
     scores, labels = drawn
-    report, ap = multilabel_report(scores, labels, c)
+    report, ap = multilabel_metrics(scores, labels, c)
     for name, value in report.items():
         low, high = (-1, 1) if name == 'gap' else (0, 1 if name in ('p_t_pos', 'p_t_neg', 'ECE') else 100)
         assert np.isnan(value) or low <= value <= high * (1 + 1e-12), name
     rng = np.random.default_rng(seed)
     rows, columns = rng.permutation(scores.shape[0]), rng.permutation(scores.shape[1])
-    moved, moved_ap = multilabel_report(scores[rows][:, columns], labels[rows][:, columns], c)
+    moved, moved_ap = multilabel_metrics(scores[rows][:, columns], labels[rows][:, columns], c)
     assert_same(moved, report)
     np.testing.assert_array_equal(moved_ap, ap[columns])
-    twice, _ = multilabel_report(np.concatenate([scores] * 2), np.concatenate([labels] * 2), c)
+    twice, _ = multilabel_metrics(np.concatenate([scores] * 2), np.concatenate([labels] * 2), c)
     assert_same(twice, report)
 
 
@@ -445,7 +445,7 @@ def test_scores_of_ignored_labels_do_not_matter(drawn, c, seed):
     scores, labels = drawn
     assume(c.topk is None and c.ignored == 'skip')  # an ignored label keeps its place among the k best
     other = np.where(labels == -1, np.random.default_rng(seed).random(scores.shape), scores)
-    assert_same(multilabel_report(other, labels, c)[0], multilabel_report(scores, labels, c)[0])
+    assert_same(multilabel_metrics(other, labels, c)[0], multilabel_metrics(scores, labels, c)[0])
 
 
 @examples(60)
@@ -461,13 +461,13 @@ def test_report_of_ranks_is_that_of_one_process(drawn, c, ranks, batch_size, as_
                    for sample, y in zip(samples, labels)]
 
     dealt = [i % len(samples) for i in range(math.ceil(len(samples) / ranks) * ranks)]
-    metrics = [MultiLabelReport(**vars(c)) for _ in range(ranks)]
+    metrics = [MultiLabelMetric(**vars(c)) for _ in range(ranks)]
     for rank, metric in enumerate(metrics):
         share = [samples[i] for i in dealt[rank::ranks]]
         for start in range(0, len(share), batch_size):
             metric.process(None, share[start:start + batch_size])
     merged = [result for results in zip(*(metric.results for metric in metrics)) for result in results]
-    expected, _ = multilabel_report(scores.astype(np.float32), labels, c)
+    expected, _ = multilabel_metrics(scores.astype(np.float32), labels, c)
     assert_same(metrics[0].compute_metrics(merged[:len(samples)]), expected)
 
 

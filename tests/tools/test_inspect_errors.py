@@ -72,7 +72,7 @@ _base_ = {str(ROOT / 'configs/resnet_asl_digits.py')!r}
 model = dict(backbone=dict(init_cfg=None), head=dict(type='mmasl.MultiLabelLinearClsHead', num_classes=10))
 data_preprocessor = dict(num_classes=10)
 test_dataloader = dict(batch_size=5, dataset=dict(data_root='digits'))
-test_evaluator = dict(type='mmasl.MultiLabelReport', calibrated=True, topk=None)
+test_evaluator = dict(type='mmasl.MultiLabelMetric', calibrated=True, topk=None)
 custom_imports = dict(imports=['mmasl', 'restore'], allow_failed_imports=False)
 custom_hooks = [dict(type='Restore')]
 """)

@@ -29,5 +29,5 @@ val_dataloader = dict(
         pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')]))
 test_dataloader = val_dataloader
 
-val_evaluator = dict(type='mmasl.MultiLabelReport', preset='paper')
+val_evaluator = dict(type='mmasl.MultiLabelMetric', preset='paper')
 test_evaluator = val_evaluator

@@ -38,5 +38,5 @@ val_dataloader = dict(
     dataset=dict(test_mode=True, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-val_evaluator = dict(type='mmasl.MultiLabelReport', preset='paper')
+val_evaluator = dict(type='mmasl.MultiLabelMetric', preset='paper')
 test_evaluator = val_evaluator

@@ -77,7 +77,7 @@ param_scheduler = None
 default_hooks = dict(logger=dict(interval=1))
 """
 COCO = "type='mmasl.CocoMultiLabel', data_root='coco', data_prefix=dict(img_path='images')"
-REPORT = "dict(type='mmasl.MultiLabelReport')"
+REPORT = "dict(type='mmasl.MultiLabelMetric')"
 OPEN_IMAGES = ("type='mmasl.OpenImages', data_root='open_images', data_prefix='images', class_file='classes.txt', "
                "unannotated='ignore', ann_file='labels.csv'")
 CONFIGS = dict(

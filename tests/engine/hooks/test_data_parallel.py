@@ -99,7 +99,7 @@ def make_runner(folder, model, data, batch_size, val=None, runner=Runner, epochs
 
     if val:
         kwargs |= dict(val_dataloader=loader(val, shuffle=False), val_cfg=dict(), val_evaluator=dict(
-            type='mmasl.MultiLabelReport', collect_dir=f'{folder}/parts'))
+            type='mmasl.MultiLabelMetric', collect_dir=f'{folder}/parts'))
     return runner(
         model=model, work_dir=str(folder), experiment_name=str(folder), default_scope=model['type'].split('.')[0],
         train_dataloader=loader(data, **{'shuffle': False, **(sampler or {})}),
