@@ -15,7 +15,6 @@ from rich.progress import track
 
 from mmasl.apis.inferencer import (
     MultiLabelInferencer,
-    UnreadableImages,
     class_names,
     list_images,
     load_checkpoint,
@@ -23,8 +22,10 @@ from mmasl.apis.inferencer import (
     name_picture,
     parse_thr,
     thresholds,
+    unreadable_images,
     why_unreadable,
 )
+from mmasl.errors import UnreadableImageError
 from mmasl.utils.tools import is_classification, load_config, parse_args, require_file, require_gpu
 
 DETECTION_THR = 0.3  # as in MMDetection's demo
@@ -91,12 +92,12 @@ def classify(cfg: Config, args: argparse.Namespace) -> tuple[list[dict], dict[st
     """Predictions as MultiLabelInferencer gives them, and the images that cannot be read with the reasons."""
     with user_errors(ImportError, KeyError, OSError, TypeError, ValueError):
         inferencer = MultiLabelInferencer(cfg, args.checkpoint, args.device, show_progress=sys.stdout.isatty())
-    try:
-        with user_errors(OSError, ValueError):
+    with user_errors(OSError, ValueError):
+        try:
             results = inferencer(args.images, batch_size=args.batch_size, thr=args.thr, topk=args.topk,
                                  out_dir=args.out_dir or '')
-    except UnreadableImages as error:
-        return error.results['predictions'], error.reasons
+        except UnreadableImageError as error:
+            return error.results['predictions'], error.reasons
     return results['predictions'], {}
 
 
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         mmengine.dump(records, args.json, indent=1)
     print(render(records))
     if unreadable:
-        raise SystemExit(str(UnreadableImages(unreadable)))
+        raise SystemExit(str(unreadable_images(unreadable)))
 
 
 if __name__ == '__main__':

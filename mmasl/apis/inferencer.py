@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
+from mmasl.errors import UnreadableImageError
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
 from mmasl.ops import posterior_cap
 from mmasl.utils.checkpoint import convert_official, is_official, read_checkpoint
@@ -39,20 +40,17 @@ MOST_NAMES = 10  # of an error message
 Image = str | PathLike | np.ndarray
 
 
-class UnreadableImages(RuntimeError):
-    """Some images could not be read; those that could are done.
+def unreadable_images(reasons: dict[str, str], results: Any = None) -> UnreadableImageError:
+    """The error for images that could not be read, when the others are done.
 
     Args:
-        reasons: What went wrong, by image.
+        reasons: The reason for each image.
         results: What the call would have returned for the others.
     """
-
-    def __init__(self, reasons: dict[str, str], results: Any = None) -> None:
-        lines = [f'  {image}: {reason}' for image, reason in reasons.items()]
-        done = ' (the others are done: see the results attribute of this error)' if results is not None else ''
-        super().__init__('\n'.join([f'{len(reasons)} images cannot be read{done}:', *lines]))
-        self.reasons = reasons
-        self.results = results
+    lines = [f'  {image}: {reason}' for image, reason in reasons.items()]
+    done = ' (the others are done: see the results attribute of this error)' if results is not None else ''
+    text = '\n'.join([f'{len(reasons)} images cannot be read{done}:', *lines])
+    return UnreadableImageError(text, reasons, results)
 
 
 class Rule(NamedTuple):
@@ -165,7 +163,7 @@ class MultiLabelInferencer(BaseInferencer):
 
         Raises:
             FileNotFoundError: There is no such file, or a folder has no image. Found before anything is predicted.
-            UnreadableImages: Some images cannot be read: raised when the others are predicted, drawn and written,
+            UnreadableImageError: Some images cannot be read: raised when the others are predicted, drawn and written,
                 with their results.
             ValueError: An argument is out of its range, names an unknown class, or does not fit the number of classes;
                 ``calibrated`` with a head that does not calibrate; an array of another shape or dtype; or the model
@@ -179,7 +177,7 @@ class MultiLabelInferencer(BaseInferencer):
             inputs, return_datasamples, batch_size, show=show, wait_time=wait_time, out_dir=out_dir,
             return_vis=return_vis, out_file=out_file)
         if self._unreadable:
-            raise UnreadableImages(self._unreadable, results)
+            raise unreadable_images(self._unreadable, results)
         return results
 
     # --- set-up

@@ -4,7 +4,7 @@ import os
 import os.path as osp
 from pathlib import Path
 
-from mmasl.errors import DiskFull
+from mmasl.errors import DiskFullError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, limit of a file's size
 
@@ -23,7 +23,7 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
     The content goes to ``path.part`` first. After a kill that file may be left; the next write takes its place.
 
     Raises:
-        OSError: It cannot be written, :class:`DiskFull` if for want of space. Nothing is left of it.
+        OSError: It cannot be written, :class:`DiskFullError` if for want of space. Nothing is left of it.
     """
     path, temporary = str(path), f'{path}.part'
     folder = osp.dirname(osp.abspath(path))
@@ -41,5 +41,5 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError) and is_full(error):
-            raise DiskFull(error, path, folder, len(content)) from error
+            raise DiskFullError.describe(error, path, folder, len(content)) from error
         raise

@@ -25,7 +25,7 @@ from rich.progress import track
 from mmasl.datasets.digits import DigitScenes
 from mmasl.engine.hooks.checkpoint import FitCheck
 from mmasl.engine.hooks.checks import add_checks
-from mmasl.errors import DiskFull, UnreadableImage
+from mmasl.errors import DiskFullError, UnreadableImageError
 from mmasl.reproduce.experiments import digits_of
 from mmasl.utils.checkpoint import load_only_data
 from mmasl.utils.files import is_full
@@ -37,9 +37,9 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UnreadableImage):
+        if isinstance(error, UnreadableImageError):
             # From the process of a data loader it comes with that process's traceback.
-            raise SystemExit(str(error).rsplit(f'{UnreadableImage.__name__}: ', 1)[-1].strip()) from None
+            raise SystemExit(str(error).rsplit(f'{UnreadableImageError.__name__}: ', 1)[-1].strip()) from None
         if not _raised_by_mmasl(error):
             raise
         raise SystemExit(str(error.args[0]) if len(error.args) == 1 else str(error)) from None
@@ -68,7 +68,7 @@ SOURCES = {  # pattern in the path of a missing file: where to get it
                    '  https://storage.googleapis.com/openimages/web/download.html, in data/open_images/.',
     'nybg2020': 'Herbarium 2020: https://www.kaggle.com/c/herbarium-2020-fgvc7/data, in data/nybg2020/.'}
 NO_DOWNLOAD = ('Without any download: make demo; or python tools/make_digits.py data/digits, then\n'
-               '  configs/fcos_asl_digits.py (detection) or configs/resnet_asl_digits.py (classification).')
+               '  configs/digits/fcos_asl_digits.py (detection) or configs/digits/resnet_asl_digits.py (classification).')
 DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')  # these fetch their files themselves
 
 
@@ -239,7 +239,7 @@ def faults(work_dir: str) -> Iterator[None]:
     except OSError as error:
         if not is_full(error):
             raise
-        raise SystemExit(str(error if isinstance(error, DiskFull) else DiskFull(
+        raise SystemExit(str(error if isinstance(error, DiskFullError) else DiskFullError.describe(
             error, error.filename or 'A file of the run', work_dir))) from None
 
 

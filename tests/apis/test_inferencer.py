@@ -16,7 +16,8 @@ from mmpretrain.structures import DataSample
 from torch.testing import assert_close
 
 from mmasl.apis import inferencer as module
-from mmasl.apis.inferencer import MultiLabelInferencer, Rule, UnreadableImages, draw_labels, parse_thr
+from mmasl.apis.inferencer import MultiLabelInferencer, Rule, draw_labels, parse_thr
+from mmasl.errors import UnreadableImageError
 from mmasl.ops import posterior
 
 CLASSES = ('red', 'green', 'blue', 'dim')
@@ -169,7 +170,7 @@ def test_unreadable_images_do_not_cost_the_others():
     Path('images/a.png').touch()
     Path('images/text.png').write_text('no image')
     Path('images/v.png').write_bytes(Path('images/red.png').read_bytes()[:40])
-    with pytest.raises(UnreadableImages) as caught:
+    with pytest.raises(UnreadableImageError) as caught:
         build()(['images', 'images/red.png'], batch_size=2, out_dir='drawn', out_file='p.json')
     error = caught.value
     assert list(error.reasons) == ['images/a.png', 'images/text.png', 'images/v.png']
@@ -185,14 +186,14 @@ def test_a_folder_of_unreadable_images_and_the_call_after_it():
     Path('bad').mkdir()
     Path('bad/x.jpg').write_text('no image')
     inferencer = build()
-    with pytest.raises(UnreadableImages) as caught:
+    with pytest.raises(UnreadableImageError) as caught:
         inferencer('bad')
     assert caught.value.results == dict(predictions=[], visualization=None)
     assert found(inferencer('images/red.png')) == [['red']]
 
 
 def test_a_url_without_an_image_names_it(server):
-    with pytest.raises(UnreadableImages, match='none.png: HTTPError: HTTP Error 404'):
+    with pytest.raises(UnreadableImageError, match='none.png: HTTPError: HTTP Error 404'):
         build()([f'{server}/none.png'])
 
 

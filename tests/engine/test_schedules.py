@@ -187,7 +187,7 @@ def test_ema_is_what_is_evaluated_and_saved(tmp_path, horizon, epochs):
 
 
 def test_official_horizon_on_coco_is_the_official_decay():
-    hook = next(hook for hook in Config.fromfile(ROOT / 'configs/tresnet-l_official_asl_coco.py').custom_hooks
+    hook = next(hook for hook in Config.fromfile(ROOT / 'configs/tresnet/tresnet-l_official_asl_coco.py').custom_hooks
                 if hook.type == 'mmasl.EMAHook')
     steps = 41 * -(-82081 // 128)
     assert 1 - 1 / (1 + hook.horizon * steps) == pytest.approx(0.9997, abs=1e-6)

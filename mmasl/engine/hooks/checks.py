@@ -24,7 +24,7 @@ from mmengine.runner.loops import BaseLoop
 from torch import Tensor, nn
 
 from mmasl.datasets.validation import _cure, _few, check_same_classes, check_samples, leaves
-from mmasl.errors import UnreadableImage
+from mmasl.errors import UnreadableImageError
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
 from mmasl.models.losses.asymmetric_softmax_loss import AsymmetricSoftmaxLoss
 from mmasl.registry import HOOKS
@@ -62,7 +62,7 @@ class CheckDataHook(Hook):
 
     Raises:
         ValueError, FileNotFoundError: Something does not fit; the message names the place and the cure.
-        UnreadableImage: See above.
+        UnreadableImageError: See above.
     """
     priority = 'VERY_HIGH'
 
@@ -144,7 +144,7 @@ class GuardedLoader:
                                   logging.WARNING)
                     return None
                 message += f', nor {self.limit} others (skip_unreadable={self.limit})'
-            raise UnreadableImage(f'{message}. {self.cure}') from None
+            raise UnreadableImageError(f'{message}. {self.cure}') from None
 
     def __repr__(self) -> str:
         return repr(self.loader)

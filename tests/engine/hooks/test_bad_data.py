@@ -23,7 +23,7 @@ from torch import nn
 from mmasl.datasets.validation import check_same_classes, leaves
 from mmasl.engine.hooks.adaptive_asymmetry import AdaptiveAsymmetryHook
 from mmasl.engine.hooks.checks import CheckDataHook, add_checks, check_class_counts, describe_logits
-from mmasl.errors import UnreadableImage
+from mmasl.errors import UnreadableImageError
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
 from mmasl.utils.tools import plain_errors
 
@@ -59,7 +59,7 @@ optim_wrapper = dict(optimizer=dict(type='SGD', lr=1e-3))
 default_hooks = dict(logger=dict(type='LoggerHook', interval=1))
 """
 DETECTION = """
-_base_ = '{configs}/fcos_asl_digits.py'
+_base_ = '{configs}/digits/fcos_asl_digits.py'
 pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True), dict(type='PackDetInputs',
     meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
 test_pipeline = [pipeline[0], dict(type='Resize', scale=(32, 32), keep_ratio=True), *pipeline[1:]]
@@ -468,8 +468,8 @@ def test_only_what_mmasl_raises_loses_its_traceback():
     with pytest.raises(SystemExit, match='gamma_neg=-1 must be a number'), plain_errors():
         AsymmetricLoss(gamma_neg=-1)
     with pytest.raises(SystemExit, match='^a.jpg cannot be read$'), plain_errors():
-        raise UnreadableImage('Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback (most ...\n'
-                              'mmasl.errors.UnreadableImage: a.jpg cannot be read\n')
+        raise UnreadableImageError('Caught UnreadableImageError in DataLoader worker process 0.\nOriginal Traceback (...\n'
+                              'mmasl.errors.UnreadableImageError: a.jpg cannot be read\n')
     with pytest.raises(ValueError, match='mine'), plain_errors():
         raise ValueError('mine')
     with pytest.raises(TypeError), plain_errors():

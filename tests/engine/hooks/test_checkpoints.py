@@ -195,7 +195,7 @@ def coco_classes() -> tuple[str, ...]:
 
 
 def adapting_hook(config: str) -> ConfigDict:
-    return next(hook for hook in Config.fromfile(ROOT / f'configs/{config}.py').custom_hooks
+    return next(hook for hook in Config.fromfile(next(ROOT.glob(f'configs/**/{config}.py'))).custom_hooks
                 if hook.type == 'mmasl.AdaptCheckpointHook')
 
 
@@ -319,7 +319,7 @@ def test_rows_in_their_order(training):
 def test_the_option_of_the_document_reaches_the_hook():
     option = 'custom_hooks.1.by_name=False'
     assert option in (ROOT / 'docs/recipes.md').read_text()
-    cfg = Config.fromfile(ROOT / 'configs/tresnet-l_paper_asl_open-images-448.py')
+    cfg = Config.fromfile(ROOT / 'configs/open_images/tresnet-l_paper_asl_open-images-448.py')
     cfg.merge_from_dict({'custom_hooks.1.by_name': False})
     assert cfg.custom_hooks[1].type == 'mmasl.AdaptCheckpointHook'
     assert HOOKS.build(cfg.custom_hooks[1]).by_name is False

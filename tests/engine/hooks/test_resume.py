@@ -27,7 +27,7 @@ from mmasl.engine.hooks.resume import (
     check_schedules,
     seed_draws,
 )
-from mmasl.errors import CheckpointError, DiskFull
+from mmasl.errors import CheckpointError, DiskFullError
 from mmasl.utils.checkpoint import find_checkpoint
 from mmasl.utils.files import is_full, write_whole
 
@@ -70,7 +70,7 @@ def test_a_full_disk_is_described(monkeypatch, folder, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, 'fsync', fail)
-    with pytest.raises(DiskFull) as caught:
+    with pytest.raises(DiskFullError) as caught:
         write_whole('epoch_2.pth', bytes(3_400_000))
     assert is_full(caught.value) and os.listdir() == []
     for part in ('epoch_2.pth could not be written', os.strerror(number), 'it takes 3.4 MB', f'{folder} has', 'MB free',
