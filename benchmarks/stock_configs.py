@@ -30,7 +30,7 @@ from mmengine.utils import get_installed_path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.benchmark import table  # noqa: E402
+from benchmarks.speed.run import table  # noqa: E402
 from mmasl.reproduce.runs import Run, fill_blocks, read_rows, write_rows  # noqa: E402
 
 PACKAGES = ('mmdet', 'mmpretrain')

@@ -7,18 +7,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks import benchmark
-from benchmarks.speed import loss, measure, step
+from benchmarks.speed import loss, measure, run, step
 from mmasl.ops.reference import asymmetric_loss as reference
 
 ROOT = Path(__file__).parents[2]
 SPEED = ROOT / 'benchmarks' / 'speed'
 
 
-@pytest.mark.parametrize('path', benchmark.DOCS, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', run.DOCS, ids=lambda path: path.stem)
 def test_documents_show_the_rows(path):
-    assert benchmark.render(path.read_text(), SPEED) == path.read_text(), 'run python benchmarks/speed/run.py --render'
+    assert run.render(path.read_text(), SPEED) == path.read_text(), 'run python benchmarks/speed/run.py --render'
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -34,17 +32,17 @@ def test_bad_flags(flags, message):
 def test_render(tmp_path):
     doc = ('a\n<!-- a comment -->\n<!-- rows: step cpu -->\nold\n<!-- end -->\nb\n'
            '<!-- targets: step cpu -->\n<!-- end -->\nc')
-    assert 'Not measured yet: `python benchmarks/speed/run.py step --device cpu`' in benchmark.render(doc, tmp_path)
+    assert 'Not measured yet: `python benchmarks/speed/run.py step --device cpu`' in run.render(doc, tmp_path)
     (tmp_path / 'step_cpu.csv').write_text(
         'model,loss,step_ms,step_over_stock,difference_of_losses_over_step,empty,commit,date,torch,device\n'
         'R,bce,100,1,0,,abc,2026-01-01,2.11,CPU\nR,asl,102,1.02,0.001,,abc,2026-01-01,2.11,CPU\n'
         'R,bce again,101,1.01,,,abc,2026-01-01,2.11,CPU\n')
-    text = benchmark.render(doc, tmp_path)
+    text = run.render(doc, tmp_path)
     assert text.startswith('a\n<!-- a comment -->\n') and text.endswith('\nc') and 'old' not in text
     assert '| R | asl | 102 | 1.02 | 0.001 |' in text and '| empty' not in text
     assert 'CPU, torch 2.11, commit abc, 2026-01-01.' in text
     assert '| +2.0%, the stock loss again +1.0%; by the losses alone +0.10% | **not reached** |' in text
-    assert benchmark.render(text, tmp_path) == text
+    assert run.render(text, tmp_path) == text
 
 
 @pytest.mark.parametrize('form', ['dense', 'labels'])

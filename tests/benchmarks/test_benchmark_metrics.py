@@ -1,11 +1,8 @@
 """benchmarks/speed/metrics.py at a small size: that it measures the same thing for all, and judges rows rightly."""
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.speed import metrics
 
 

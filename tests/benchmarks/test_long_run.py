@@ -1,5 +1,4 @@
 """benchmarks/long_run/long_run.py: what it counts and how it judges; and, slow, the long run itself."""
-import importlib.util
 import os
 import re
 import subprocess
@@ -11,12 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from benchmarks.long_run import long_run
 from mmasl.reproduce.runs import read_rows
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location('long_run', ROOT / 'benchmarks' / 'long_run.py')
-long_run = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(long_run)
 
 # Holds 64 MiB, starts a child in a session of its own and tells its number.
 HOLD = """
@@ -76,7 +73,7 @@ def test_accepts_memory_that_does_not_grow(curve):
 
 
 def test_the_readme_tells_what_was_measured():
-    measured = read_rows(ROOT / 'benchmarks' / 'long_run.csv')
+    measured = read_rows(ROOT / 'benchmarks' / 'long_run' / 'long_run.csv')
     promised = re.search(r"An hour's training holds its memory within ([\d.]+) %", (ROOT / 'README.md').read_text())
     assert float(measured[-2]['minute']) > 59 and int(measured[-1]['processes']) == 0
     for figure in ('allocated', 'rss'):
@@ -121,8 +118,8 @@ def test_refuses_a_folder_that_exists(tmp_path, monkeypatch):
 def test_an_hour_of_training(tmp_path):
     minutes = os.environ.get('MMASL_LONG_RUN_MINUTES', '60')
     done = subprocess.run(
-        [sys.executable, ROOT / 'benchmarks/long_run/long_run.py', '--minutes', minutes, '--work-dir', tmp_path / 'work',
-         '--out', tmp_path / 'long_run.csv'], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        [sys.executable, ROOT / 'benchmarks/long_run/long_run.py', '--minutes', minutes,
+         '--work-dir', tmp_path / 'work', '--out', tmp_path / 'long_run.csv'], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout[-3000:]
     assert len((tmp_path / 'long_run.csv').read_text().splitlines()) > 5 * float(minutes)

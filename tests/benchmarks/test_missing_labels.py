@@ -1,5 +1,4 @@
 """benchmarks/paper/missing_labels.py: what a training made of the labels that are missing."""
-import importlib.util
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +8,14 @@ import torch
 from mmengine.config import Config
 from mmpretrain.apis import get_model
 
+from benchmarks.paper import missing_labels
 from mmasl.datasets.coco import CocoMultiLabel
 from mmasl.reproduce.experiments import digits_of
 from mmasl.reproduce.runs import Run
 
 ROOT = Path(__file__).parents[2]
-CONFIG = str(ROOT / 'configs' / 'resnet_bce_digits_paper.py')
+CONFIG = str(ROOT / 'configs/digits/resnet_bce_digits_paper.py')
 
-spec = importlib.util.spec_from_file_location('missing_labels', ROOT / 'benchmarks' / 'missing_labels.py')
-missing_labels = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(missing_labels)
 
 
 @pytest.fixture

@@ -1,18 +1,15 @@
 """benchmarks/learning_rates/search_lr.py: one row a run, beside the rows that are there."""
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks.learning_rates import search_lr
 from mmasl.reproduce.runs import read_rows
 
 ROOT = Path(__file__).parents[2]
-CONFIG = 'configs/resnet_asl_digits_paper.py'
+CONFIG = 'configs/digits/resnet_asl_digits_paper.py'
 
-spec = importlib.util.spec_from_file_location('search_lr', ROOT / 'benchmarks' / 'search_lr.py')
-search_lr = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(search_lr)
 
 
 @pytest.fixture
@@ -81,7 +78,7 @@ def test_an_interrupted_search_leaves_its_rows(search, tmp_path):
     ('resnet_asl_digits', 'param_scheduler.eta_max'), ('tresnet-l_paper_asl_coco', 'param_scheduler.0.eta_max'),
     ('tresnet-l_official_asl_coco', 'param_scheduler.0.eta_max')])
 def test_the_rate_of_a_config(config, key):
-    assert search_lr.one_cycle(str(ROOT / 'configs' / f'{config}.py')) == key
+    assert search_lr.one_cycle(str(next(ROOT.glob(f'configs/**/{config}.py')))) == key
 
 
 def test_a_config_without_one_cycle():

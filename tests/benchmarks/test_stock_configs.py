@@ -1,4 +1,4 @@
-"""benchmarks/stock_configs.py: what it finds, the options it makes, the outcomes it tells, and heads no other test has."""
+"""benchmarks/stock_configs.py: what it finds, the options it makes and the outcomes it reports; heads that no other test builds."""
 import argparse
 import importlib.util
 import logging
@@ -19,8 +19,8 @@ from mmasl import AsymmetricLoss
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmarks import stock_configs  # noqa: E402
-from benchmarks.benchmark import read_rows  # noqa: E402
 from benchmarks.stock_configs import FAILS, LEFT_OUT, NOT_RUN, WORKS, Family  # noqa: E402
+from mmasl.reproduce.runs import read_rows  # noqa: E402
 
 ROWS = read_rows(stock_configs.ROWS)
 KEY = ('package', 'family', 'head', 'config')

@@ -1,15 +1,13 @@
 """What the sweep makes of its runs, and that the documents show what it made."""
 import csv
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.adaptive import sweep_asymmetry as sweep
+
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location('sweep_asymmetry', ROOT / 'benchmarks' / 'sweep_asymmetry.py')
-sweep = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sweep)
 
 
 class FakeRun:

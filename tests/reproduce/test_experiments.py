@@ -1,5 +1,4 @@
 """mmasl/reproduce/experiments.py: every row of the paper has its training, and the trainings are what the rows say."""
-import importlib.util
 import os.path as osp
 from dataclasses import fields, replace
 from pathlib import Path
@@ -7,6 +6,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+from benchmarks.adaptive import sweep_asymmetry
 from mmasl.reproduce import load
 from mmasl.reproduce.experiments import (
     ALPHAS,
@@ -161,30 +161,27 @@ def test_pretraining_changes_the_start_alone():
             assert cfg.model.backbone.init_cfg is None
             continue
         checkpoint = Path(cfg.model.backbone.init_cfg.checkpoint)
-        glyphs = Config.fromfile(f'configs/{checkpoint.parent.name}.py')
+        glyphs = Config.fromfile(f'configs/digits/{checkpoint.parent.name}.py')
         assert checkpoint.name == f'epoch_{row.x}.pth' and glyphs.train_cfg.max_epochs == row.x
 
 
 def test_the_digits_roots_are_those_of_their_makers():
-    spec = importlib.util.spec_from_file_location('sweep_asymmetry', ROOT / 'benchmarks' / 'sweep_asymmetry.py')
-    sweep = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sweep)
-    assert digits_of('data/digits_hard/') == sweep.DIGITS
+    assert digits_of('data/digits_hard/') == sweep_asymmetry.DIGITS
     assert digits_of('data/coco/') is None
 
 
 def test_command():
     training = Training('resnet_asl_digits_paper', (('model.head.loss.clip', 0.), ('model.head.loss.gamma_neg', 2.)))
-    assert training.command == ('python tools/train.py configs/resnet_asl_digits_paper.py --cfg-options '
+    assert training.command == ('python tools/train.py configs/digits/resnet_asl_digits_paper.py --cfg-options '
                                 'model.head.loss.clip=0 model.head.loss.gamma_neg=2')
     assert training.name == 'resnet_asl_digits_paper_clip0_gamma_neg2'
 
 
 def test_every_released_checkpoint_is_evaluated_beside_its_tables():
-    stating = {path.stem for path in (ROOT / 'configs').glob('*.py') if Config.fromfile(path).get('released')}
+    stating = {path.stem: path for path in (ROOT / 'configs').glob('*/*.py') if Config.fromfile(path).get('released')}
     found = {training.config: training for item in items('real') for row in rows(item, 'real')
              for training in row.trainings if training.released}
-    assert set(found) == stating
+    assert set(found) == set(stating)
     for name, training in found.items():
-        assert training.command == (f'python tools/test.py configs/{name}.py '
+        assert training.command == (f'python tools/test.py {stating[name].relative_to(ROOT)} '
                                     f'{Config.fromfile(training.path).released.checkpoint}')

@@ -1,4 +1,4 @@
-"""How every part of benchmarks/benchmark.py measures: peers in turn within one run, memory exactly, big jobs in a process of
+"""How every part of benchmarks/speed/run.py measures: peers in turn within one run, memory exactly, big jobs in a process of
 their own."""
 import json
 import re

@@ -1,6 +1,6 @@
 """Train configs at several learning rates, an equal budget each, and write one row a run.
 
-Rows go to a CSV file (benchmarks/digits_lr.csv by default) that the digits' configs take their learning rates from.
+Rows go to a CSV file (benchmarks/learning_rates/digits.csv by default) that the digits' configs take their learning rates from.
 """
 import argparse
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', default={},
                         help='override settings of all the configs; rows of other overrides are kept')
     parser.add_argument('--work-dir', default='work_dirs/search_lr', help='folder of the runs; finished ones are kept')
-    parser.add_argument('--out', type=Path, default=Path('benchmarks/digits_lr.csv'),
+    parser.add_argument('--out', type=Path, default=Path('benchmarks/learning_rates/digits.csv'),
                         help='CSV file; rows of these runs are replaced')
     parser.add_argument('--jobs', type=int,
                         help='runs side by side (default: as many as the GPUs allow; without one, one per core)')

@@ -1,4 +1,4 @@
-"""All figures of MultiLabelReport: at the size of Open Images, against mmpretrain and torchmetrics at that of COCO,
+"""All figures of MultiLabelMetric: at the size of Open Images, against mmpretrain and torchmetrics at that of COCO,
 over growing sizes, and what float16 changes.
 
 Scores are sigmoids of normal logits, higher where a label is positive; made a batch at a time, from a seed.
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from mmengine.dist import barrier, collect_results
 
-from mmasl.evaluation.metrics import MultiLabelReport, multilabel_report
+from mmasl.evaluation.metrics import MultiLabelMetric, multilabel_metrics
 
 from .measure import in_process, in_turn, memory_of_process
 
@@ -83,7 +83,7 @@ def row(case: str, implementation: str, samples: int, classes: int, **values: An
 
 def run(call: str) -> dict[str, Any]:
     """What a function of this file returns from a process of its own."""
-    result = in_process(f'import json\nfrom benchmarks.parts.metrics import *\nprint(json.dumps({call}))')
+    result = in_process(f'import json\nfrom benchmarks.speed.metrics import *\nprint(json.dumps({call}))')
     return dict(peak_rss_gib=result.pop('peak_rss_bytes') / GIB) | result
 
 
@@ -114,7 +114,7 @@ def make_batches(samples: int, classes: int, negatives: str = 'all', first: int 
 
 def evaluate_report(samples: int, classes: int, negatives: str = 'all', precision: str = 'float16') -> dict:
     """Seconds that the metric takes for its samples, and for its figures from them."""
-    metric = MultiLabelReport(score_dtype=precision)
+    metric = MultiLabelMetric(score_dtype=precision)
     process = fill(metric, make_batches(samples, classes, negatives))
     kept = sum(x.nbytes for x in metric.results) / (samples * classes)
     begin = time.perf_counter()
@@ -124,7 +124,7 @@ def evaluate_report(samples: int, classes: int, negatives: str = 'all', precisio
                 kept_bytes_per_label=kept, mAP=report['multi-label/mAP'])
 
 
-def fill(metric: MultiLabelReport, batches: Iterator[list[dict]]) -> float:
+def fill(metric: MultiLabelMetric, batches: Iterator[list[dict]]) -> float:
     """Seconds that ``process`` takes, without those that make the samples."""
     seconds = 0.
     for batch in batches:
@@ -146,7 +146,7 @@ def gather_report(samples: int, classes: int, negatives: str, precision: str = '
 
 def gather_on_rank(rank: int, folder: str, samples: int, classes: int, negatives: str, precision: str) -> None:
     torch.distributed.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
-    metric = MultiLabelReport(score_dtype=precision)
+    metric = MultiLabelMetric(score_dtype=precision)
     half = samples // 2
     process = fill(metric, make_batches(half, classes, negatives, first=rank * samples))
     barrier()
@@ -171,7 +171,7 @@ def compare_at_coco_size() -> Iterator[dict]:
     for batch in batches:
         for sample in batch:
             sample['gt_score'] = torch.zeros(COCO[1]).index_fill_(0, sample.pop('gt_label'), 1)
-    peers = dict(mmasl=[MultiLabelReport('mmpretrain')], mmpretrain=mmpretrain_metrics())
+    peers = dict(mmasl=[MultiLabelMetric('mmpretrain')], mmpretrain=mmpretrain_metrics())
     kept: dict[str, list] = {name: [] for name in peers}
     calls: dict[tuple[str, str], Callable[[], object]] = {
         (name, 'process'): partial(process, metrics, batches, kept[name]) for name, metrics in peers.items()}
@@ -179,7 +179,7 @@ def compare_at_coco_size() -> Iterator[dict]:
     scores, labels = (torch.stack([x[key] for batch in batches for x in batch]) for key in ('pred_score', 'gt_score'))
     arrays, tensors = (scores.numpy(), labels.to(torch.int8).numpy()), (scores, labels.long())
     collection = torchmetrics_collection()
-    calls['mmasl', 'arrays'] = partial(multilabel_report, *arrays)
+    calls['mmasl', 'arrays'] = partial(multilabel_metrics, *arrays)
     calls['torchmetrics', 'arrays'] = lambda: (collection.update(*tensors), collection.compute(), collection.reset())
     calls['torchmetrics', 'samples'] = partial(stream, collection, batches)
     times = in_turn(calls, least=3)
@@ -193,8 +193,9 @@ def compare_at_coco_size() -> Iterator[dict]:
 
 
 def mmpretrain_metrics() -> list:
-    from mmpretrain.evaluation import AveragePrecision, MultiLabelMetric
-    return [AveragePrecision(), *(MultiLabelMetric(average=average, **chosen) for average in ('macro', 'micro')
+    from mmpretrain.evaluation import AveragePrecision
+    from mmpretrain.evaluation import MultiLabelMetric as StockMultiLabelMetric
+    return [AveragePrecision(), *(StockMultiLabelMetric(average=average, **chosen) for average in ('macro', 'micro')
                                   for chosen in (dict(thr=0.5), dict(topk=3)))]
 
 
@@ -244,13 +245,13 @@ def compare_precisions() -> Iterator[dict]:
     for case, factor in (('precision', 1), ('precision, 4 times the logits', 4)):
         rounded = (factor * scores.double().logit()).sigmoid().float().numpy()
         for precision in ('float32', 'float16'):
-            report, _ = multilabel_report(rounded.astype(precision), labels)
+            report, _ = multilabel_metrics(rounded.astype(precision), labels)
             yield row(case, 'mmasl', *COCO, precision=precision, mAP=report['mAP'])
 
 
 def sweep() -> Iterator[dict]:
     """Seconds of the figures, over samples and over classes."""
-    reports = {size: MultiLabelReport(score_dtype='float16') for size in SWEEP}
+    reports = {size: MultiLabelMetric(score_dtype='float16') for size in SWEEP}
     processed = {size: fill(report, make_batches(*size)) for size, report in reports.items()}
     times = in_turn({size: partial(report.compute_metrics, report.results) for size, report in reports.items()})
     for size in SWEEP:

@@ -18,7 +18,7 @@ from mmasl.datasets.digits import DigitScenes
 from mmasl.reproduce.render import interval
 from mmasl.reproduce.runs import Run, train, write_rows
 
-CONFIGS = dict(fixed='configs/resnet_asl_digits_hard.py', adaptive='configs/resnet_adaptive_digits_hard.py')
+CONFIGS = dict(fixed='configs/digits/resnet_asl_digits_hard.py', adaptive='configs/digits/resnet_adaptive_digits_hard.py')
 DIGITS = DigitScenes(train=6000, long_tail=0.7, missing=0.3)
 HOOK, LOSS = 'custom_hooks.0', 'model.head.loss'
 # What was tried to make adaptive asymmetry as good as the best fixed one; the first is the hook as it comes.

@@ -13,7 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from mmasl.apis.inferencer import MultiLabelInferencer
 from mmasl.datasets.coco import CocoMultiLabel
 from mmasl.reproduce.experiments import MISSING_LABELS, digits_of, rows

@@ -179,7 +179,7 @@ def measure(device: str, full: bool = 'MMASL_FULL' in os.environ) -> Iterator[di
                 path = write(Path(folder), images)
                 for read, words in readers.items():
                     workers = read.startswith('load') and images in (sizes[0], sizes[-1])
-                    found = in_process('import json; from benchmarks.parts.annotations import cost\n'
+                    found = in_process('import json; from benchmarks.speed.annotations import cost\n'
                                        f'print(json.dumps(cost({read!r}, {str(path)!r}, {workers})))')
                     yield dict(data=name, reader=words, images=images, file_mib=round(path.stat().st_size / MIB, 1),
                                **{column: round(found[column], 2) if column in found else '' for column in COLUMNS})

@@ -20,7 +20,7 @@ from mmasl.datasets.digits import DigitScenes
 from mmasl.registry import HOOKS
 from mmasl.reproduce.runs import TRAIN, Run, write_rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MARK = 'MMASL_LONG_RUN'  # in the environment of all processes of a run, of those too that have lost their parent
 ALLOWED = 2.  # percent
 WINDOW = 0.1  # share of the time after the warm-up whose median counts, at either end
@@ -28,7 +28,7 @@ PATIENCE = 30  # seconds in which processes may end after the training
 # Once from the start, and anew in each epoch: training and evaluation have workers of both kinds.
 CONFIG = """
 _base_ = {base!r}
-custom_imports = dict(imports=['mmasl', 'long_run'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmasl', 'benchmarks.long_run.long_run'], allow_failed_imports=False)
 model = dict(backbone=dict(init_cfg=None))
 train_dataloader = dict(num_workers=2, persistent_workers=True, dataset=dict(data_root={data!r}))
 val_dataloader = dict(num_workers=1, persistent_workers=False, dataset=dict(data_root={data!r}))
@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
                         help='share of it in which memory may grow: the heap takes its shape, workers and caches start')
     parser.add_argument('--interval', type=float, default=10., help='seconds between two looks at the memory')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/long_run'), help='a new folder')
-    parser.add_argument('--out', type=Path, default=Path('benchmarks/long_run.csv'),
+    parser.add_argument('--out', type=Path, default=Path('benchmarks/long_run/long_run.csv'),
                         help='rows; the plot stands beside')
     args = parser.parse_args()
     if not 0 <= args.warm_up < 1:
@@ -92,12 +92,13 @@ def watch(minutes: float, work_dir: Path, interval: float) -> list[dict]:
     """
     data = DigitScenes(train=960, val=240, long_tail=0.7, missing=0.3).write(work_dir / 'digits')
     config, run = work_dir / 'config.py', Run('', str(work_dir))
-    config.write_text(CONFIG.format(base=str(ROOT / 'configs/resnet_adaptive_digits_hard.py'), data=str(data),
+    config.write_text(CONFIG.format(base=str(ROOT / 'configs/digits/resnet_adaptive_digits_hard.py'), data=str(data),
                                     minutes=minutes))
     token = uuid.uuid4().hex
     with open(work_dir / 'train.txt', 'w') as output:
         process = subprocess.Popen([sys.executable, TRAIN, config, '--work-dir', work_dir], stdout=output,
-                                   stderr=subprocess.STDOUT, env={**os.environ, MARK: token, 'OMP_NUM_THREADS': '1'})
+                                   stderr=subprocess.STDOUT, cwd=ROOT,
+                                   env={**os.environ, 'PYTHONPATH': str(ROOT), MARK: token, 'OMP_NUM_THREADS': '1'})
     rows, start = [], time.monotonic()
     try:
         while process.poll() is None:

@@ -6,7 +6,7 @@ from mmengine.hub import get_config
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from benchmarks.parts.measure import in_turn
+from benchmarks.speed.measure import in_turn
 from mmasl.registry import MODELS
 
 ASL = dict(type='mmasl.AsymmetricLoss', use_sigmoid=True)

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from mmasl.reproduce.runs import fill_blocks, read_rows, write_rows
 
 PARTS = ('loss', 'kernel', 'step', 'linear', 'metrics', 'annotations')
 ORIGIN = ('commit', 'date', 'torch', 'device')
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / 'docs' / 'speed.md', ROOT / 'docs' / 'scale.md', ROOT / 'README.md')
 
 
 def part_module(name: str) -> Any:
-    return importlib.import_module(f'benchmarks.parts.{name}')
+    return importlib.import_module(f'benchmarks.speed.{name}')
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -59,7 +59,7 @@ def render(doc: str, folder: Path) -> str:
         name, device = what.split()
         rows = read_rows(folder / f'{name}_{device}.csv')
         if not rows:
-            return f'Not measured yet: `python benchmarks/benchmark.py {name} --device {device}`.'
+            return f'Not measured yet: `python benchmarks/speed/run.py {name} --device {device}`.'
         return table(rows) if kind == 'rows' else summary(rows) if kind == 'summary' else verdicts(name, rows)
 
     return fill_blocks(doc, {kind: partial(block, kind) for kind in ('rows', 'targets', 'summary')})

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.parts.measure import in_turn, peak_tensor_bytes
+from benchmarks.speed.measure import in_turn, peak_tensor_bytes
 from mmasl import AsymmetricLoss, AsymmetricSoftmaxLoss
 from mmasl.ops.reference import asymmetric_loss as reference
 
