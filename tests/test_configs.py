@@ -32,7 +32,7 @@ from mmasl.utils.tools import load_config, make_parser, set_dataloader_defaults
 
 ROOT = Path(__file__).parents[1]
 HEADS = ('ml_decoder', 'query2label', 'label_graph')  # tests/models/heads/test_feature_map.py has their configs
-PATHS = {path.stem: path for path in sorted((ROOT / 'configs').glob('*.py'))
+PATHS = {path.stem: path for path in sorted(path for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts)
          if not any(head in path.stem for head in HEADS)}
 LOSSES = ('bce', 'focal', 'focal-alpha', 'focusing', 'margin', 'asl')
 GAP_HOOKS = ('mmasl.ProbabilityGapHook', 'mmasl.AdaptiveAsymmetryHook')
@@ -132,7 +132,7 @@ def test_builds(name):
         assert (loss.reduction == 'sum') == loss.detach_focusing == ('_official_' in name)
 
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', sorted(path for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts), ids=lambda path: path.stem)
 def test_hooks_build(path):
     """Those of every config, which the Runner builds before anything else."""
     cfg = load(path.stem) if path.stem in PATHS else Config.fromfile(path)
@@ -310,7 +310,7 @@ def sisters() -> list[tuple[str, str]]:
 def test_sisters_differ_in_the_loss_alone(name, other):
     different = differences(load(name), load(other))
     assert different
-    # On the digits every loss has its own learning rate, from an equal search: benchmarks/learning_rates/digits.csv, paper/ too.
+    # On the digits every loss has its own learning rate, from an equal search: benchmarks/learning_rates/.
     allowed = {'param_scheduler.eta_max.'} if name.endswith(('_digits', '_digits_paper')) else set()
     # Beside MMDetection's own loss there is no gap to log.
     allowed |= {'custom_hooks.0.type.'} if load(other).default_scope == 'mmdet' else set()
@@ -344,8 +344,8 @@ def test_input_size_is_that_of_the_name(name):
 @pytest.mark.parametrize('name', [name for name in PATHS if re.fullmatch(
     r'(resnet|fcos)_[a-z]+_digits|(resnet|tresnet|mobilenet-v3)_(bce|focal|asl)_digits_paper', name)])
 def test_digits_learning_rate_is_the_best_of_its_search(name):
-    folder = 'paper' if name.endswith('_paper') else ''
-    with (ROOT / 'benchmarks' / folder / 'digits_lr.csv').open() as file:
+    search = 'digits_paper' if name.endswith('_paper') else 'digits'
+    with (ROOT / 'benchmarks' / 'learning_rates' / f'{search}.csv').open() as file:
         rows = [row for row in csv.DictReader(file) if row['config'] == name
                 and re.fullmatch(r'(randomness\.seed=\d)?', row.get('options', ''))]
     figure = 'bbox_mAP' if name.startswith('fcos') else 'mAP'

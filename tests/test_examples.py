@@ -29,7 +29,7 @@ from mmasl.datasets.digits import DigitScenes
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text()
          for path in (ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md')))}
-CONFIG, CHECKPOINT = 'configs/resnet_asl_digits.py', 'work_dirs/resnet_asl_digits/epoch_8.pth'
+CONFIG, CHECKPOINT = 'configs/digits/resnet_asl_digits.py', 'work_dirs/resnet_asl_digits/epoch_8.pth'
 
 
 class Block(NamedTuple):
@@ -102,9 +102,9 @@ def folder(tmp_path, monkeypatch) -> Path:
 def test_configs_build(block, folder):
     """On top of a config of the digits, as `_base_` or --cfg-options would have it."""
     base = 'fcos_focal_digits' if 'bbox_head' in block.text else 'resnet_bce_digits'
-    Path('example.py').write_text(f"_base_ = 'configs/{base}.py'\n{block.text}")
+    Path('example.py').write_text(f"_base_ = 'configs/digits/{base}.py'\n{block.text}")
     cfg = Config.fromfile('example.py')
-    given = Config.fromfile(f'configs/{base}.py')
+    given = Config.fromfile(f'configs/digits/{base}.py')
     assert cfg.to_dict() != given.to_dict() or 'custom_hooks' in block.text, 'the example changes nothing'
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = cfg.model

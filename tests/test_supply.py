@@ -184,7 +184,7 @@ def test_import_needs_no_network_and_writes_nothing(watched):
 def test_training_writes_to_its_work_dir_alone(watched, tmp_path):
     data = DigitScenes(train=8, val=4, colors=1).write(tmp_path / 'digits')
     (tmp_path / 'config.py').write_text(f"""
-_base_ = {str(ROOT / 'configs/resnet_asl_digits.py')!r}
+_base_ = {str(ROOT / 'configs/digits/resnet_asl_digits.py')!r}
 model = dict(backbone=dict(init_cfg=None), head=dict(num_classes=10))
 data_preprocessor = dict(num_classes=10)
 train_dataloader = dict(batch_size=4, num_workers=1, dataset=dict(data_root={str(data)!r}))

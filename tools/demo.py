@@ -36,7 +36,7 @@ PICTURES = 8
 
 def run_of(config: str) -> Run:
     """The run that `tools/train.py CONFIG` would make, too."""
-    return Run(f'configs/{config}.py', f'work_dirs/{config}')
+    return Run(f'configs/digits/{config}.py', f'work_dirs/{config}')
 
 
 def main() -> None:

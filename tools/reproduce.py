@@ -18,7 +18,7 @@ from mmengine.config import Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from mmasl.datasets.digits import DigitScenes
-from mmasl.reproduce.experiments import OWN, Row, Training, digits_of, items, rows
+from mmasl.reproduce.experiments import OWN, Row, Training, config_path, digits_of, items, rows
 from mmasl.reproduce.render import CURVES, Results, draw, render
 from mmasl.reproduce.runs import Run, fill_blocks, fingerprint, train, write_rows
 from mmasl.utils.tools import check_data
@@ -207,7 +207,7 @@ def starting_points(cfg: Config) -> Iterator[str]:
     """Checkpoints that a training starts from and another config of this repository makes."""
     initial = cfg.model.get('backbone', {}).get('init_cfg') or {}
     yield from (path for path in (cfg.get('load_from'), initial.get('checkpoint'))
-                if path and osp.exists(f'configs/{osp.basename(osp.dirname(path))}.py'))
+                if path and osp.exists(config_path(osp.basename(osp.dirname(path)))))
 
 
 def prepare(trainings: Sequence[Training], data: str, jobs: int | None, gpus: int) -> None:

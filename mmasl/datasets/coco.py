@@ -11,7 +11,7 @@ from mmasl.datasets.validation import check_entries, refuse_repeats
 from mmasl.registry import DATASETS
 
 CURE = ('Get the images and instances_*.json from https://cocodataset.org/#download, or set data_root, ann_file and '
-        'data_prefix to where they lie. No download is needed for configs/*_digits.py, on the data that '
+        'data_prefix to where they lie. No download is needed for configs/digits/*_digits.py, on the data that '
         'tools/make_digits.py writes')
 
 

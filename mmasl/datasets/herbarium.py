@@ -12,7 +12,7 @@ from mmasl.registry import DATASETS
 
 SPLITS = ('train', 'val', 'all')
 CURE = ('Get nybg2020.zip from https://www.kaggle.com/c/herbarium-2020-fgvc7, or set data_root and ann_file to '
-        'nybg2020/train and its metadata.json. No download is needed for configs/*_digits.py')
+        'nybg2020/train and its metadata.json. No download is needed for configs/digits/*_digits.py')
 
 
 @DATASETS.register_module()

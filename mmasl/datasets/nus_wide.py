@@ -22,7 +22,7 @@ CONCEPTS = (
 SPLITS = ('train', 'val', 'test')
 COLUMNS = ('filepath', 'label', 'split_name')
 CURE = ('Get nus_wid_data.csv and the images as MODEL_ZOO.md of https://github.com/Alibaba-MIIL/ASL says, or set '
-        'data_root, ann_file and data_prefix to where they lie. No download is needed for configs/*_digits.py, on the '
+        'data_root, ann_file and data_prefix to where they lie. No download is needed for configs/digits/*_digits.py, on the '
         'data that tools/make_digits.py writes')
 
 

@@ -19,7 +19,7 @@ from mmasl.registry import DATASETS
 COLUMNS = ('ImageID', 'LabelName', 'Confidence')
 LINES = 2**18  # of a CSV at a time
 CURE = ('Get it from https://storage.googleapis.com/openimages/web/download.html, or set data_root and the name of the '
-        'file to where it lies. No download is needed for configs/*_digits.py')
+        'file to where it lies. No download is needed for configs/digits/*_digits.py')
 
 
 @DATASETS.register_module()

@@ -89,7 +89,7 @@ class VOCMultiLabel(VOC):
     def _require(self, path: str, what: str) -> None:
         if not self.backend.exists(path):
             raise FileNotFoundError(f'There is no {what} {path}. {LAYOUT}; no download is needed for '
-                                    'configs/*_digits.py')
+                                    'configs/digits/*_digits.py')
 
     def _report(self, data_list: list[dict]) -> None:
         seen = {label for info in data_list for label in info['gt_label'] + info['gt_label_difficult']}

@@ -5,6 +5,7 @@ train.
 """
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import MappingProxyType
 
 from mmengine.config import Config
@@ -72,6 +73,12 @@ KINDS = {'bce': CE, 'focal': FOCAL, 'focal-alpha': Loss(2., 2., alpha=0.75), 'fo
          'margin': Loss(2., 2., 0.3), 'asl': ASL, 'adaptive': Loss(0., 4., 0.05, target=0.1)}
 
 
+def config_path(name: str) -> str:
+    """Path of the config with this stem, in the current folder; at the top of configs/ if there is none."""
+    found = sorted(Path('configs').rglob(f'{name}.py'))
+    return found[0].as_posix() if found else f'configs/{name}.py'
+
+
 @dataclass(frozen=True)
 class Training:
     """A config of this repository, by its stem, and overrides as ``--cfg-options`` takes them.
@@ -84,7 +91,7 @@ class Training:
 
     @property
     def path(self) -> str:
-        return f'configs/{self.config}.py'
+        return config_path(self.config)
 
     @property
     def overrides(self) -> str:

@@ -468,7 +468,7 @@ def test_ema_with_a_horizon(late):
 
 @pytest.mark.parametrize('batches_per_epoch', (1, 40, 642))
 def test_no_ema_of_the_configs_is_longer_than_its_run(batches_per_epoch):
-    configs = [Config.fromfile(path) for path in sorted((ROOT / 'configs').glob('*_official_*.py'))]
+    configs = [Config.fromfile(path) for path in sorted((ROOT / 'configs').glob('**/*_official_*.py'))]
     hooks = [hook.type for cfg in configs for hook in cfg.custom_hooks]
     assert hooks.count('mmasl.EMAHook') == len(configs) > 0
     for cfg in configs:

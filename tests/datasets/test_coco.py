@@ -149,7 +149,7 @@ def test_wrappers(root):
 # --------------------------------------------------------------------------------------------------------- errors
 
 def test_missing_annotation_file(root):
-    with pytest.raises(FileNotFoundError, match=r'other\.json.*cocodataset\.org.*configs/\*_digits\.py'):
+    with pytest.raises(FileNotFoundError, match=r'other\.json.*cocodataset\.org.*configs/digits/\*_digits\.py'):
         load(root, ann_file='other.json')
 
 

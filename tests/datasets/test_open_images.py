@@ -210,7 +210,7 @@ CONFIGS = Path(__file__).parents[2] / 'configs'
 @pytest.mark.parametrize('name', ['bce', 'focal', 'asl'])
 def test_treatments_of_the_configs(name, options, weight, gamma):
     """The lines of docs/recipes.md, as tools/train.py merges them."""
-    cfg = Config.fromfile(CONFIGS / f'tresnet-l_paper_{name}_open-images-448.py')
+    cfg = Config.fromfile(CONFIGS / f'open_images/tresnet-l_paper_{name}_open-images-448.py')
     cfg.merge_from_dict({f'model.head.loss.{key}': value for key, value in options.items()})
     loss = MODELS.build(cfg.model.head.loss)
     assert (loss.ignore_index, loss.weight_unannotated) == (-1, weight)
@@ -226,7 +226,7 @@ def test_treatments_of_the_configs(name, options, weight, gamma):
 
 def test_the_divisor_is_the_number_of_images():
     """docs/recipes.md says so; the loss by itself divides by the labels, each by its weight."""
-    cfg = Config.fromfile(CONFIGS / 'tresnet-l_paper_asl_open-images-224.py')
+    cfg = Config.fromfile(CONFIGS / 'open_images/tresnet-l_paper_asl_open-images-224.py')
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         head = MODELS.build(dict(cfg.model.head, num_classes=5, in_channels=3))
     logits = torch.linspace(-2, 2, 10).reshape(2, 5)
@@ -244,7 +244,7 @@ def test_the_divisor_is_the_number_of_images():
 @pytest.mark.parametrize('name', ['bce', 'focal', 'asl'])
 def test_the_configs_train_on_human_labels(name, size):
     """As the authors did for the paper; docs/recipes.md has the option for the others."""
-    cfg = Config.fromfile(CONFIGS / f'tresnet-l_paper_{name}_open-images-{size}.py')
+    cfg = Config.fromfile(CONFIGS / f'open_images/tresnet-l_paper_{name}_open-images-{size}.py')
     for split in ('train', 'val', 'test'):
         assert not cfg[f'{split}_dataloader'].dataset.get('machine_file')
     option = '--cfg-options train_dataloader.dataset.machine_file=train-annotations-machine-imagelabels.csv'

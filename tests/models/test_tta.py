@@ -102,7 +102,7 @@ def test_tool(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     DigitScenes(train=4, val=6, colors=1).write('digits')
     Path('tiny.py').write_text(f"""
-_base_ = {str(ROOT / 'configs/resnet_asl_digits.py')!r}
+_base_ = {str(ROOT / 'configs/digits/resnet_asl_digits.py')!r}
 model = dict(backbone=dict(init_cfg=None), head=dict(type='mmasl.MultiLabelLinearClsHead', num_classes=10))
 data_preprocessor = dict(num_classes=10)
 test_dataloader = dict(batch_size=4, dataset=dict(data_root='digits'))

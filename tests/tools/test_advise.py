@@ -35,7 +35,7 @@ def advise(digits, monkeypatch, capsys):
     """Runs the tool on a config that inherits a shipped one, with changes; returns what it prints."""
     def run(base: str, text: str, *argv: str) -> str:
         Path('c.py').write_text(f"""
-_base_ = {str(ROOT / 'configs' / base)!r}
+_base_ = {str(ROOT / 'configs/digits' / base)!r}
 train_dataloader = dict(batch_size=4, dataset=dict(data_root={str(digits)!r}))
 {text}
 """)

@@ -202,7 +202,7 @@ class Restore(Hook):
         runner.model.head.loss_module.gamma_neg.fill_(checkpoint['gamma_neg'])
 """)
     Path('tiny.py').write_text(f"""
-_base_ = {str(ROOT / 'configs/resnet_asl_digits.py')!r}
+_base_ = {str(ROOT / 'configs/digits/resnet_asl_digits.py')!r}
 model = dict(backbone=dict(init_cfg=None), head=dict(num_classes=10))
 val_dataloader = dict(batch_size=4, dataset=dict(data_root='digits'))
 custom_imports = dict(imports=['mmasl', 'restore'], allow_failed_imports=False)

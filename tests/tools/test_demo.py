@@ -33,7 +33,7 @@ def runs(tmp_path):
         folder.mkdir(parents=True)
         rows = [dict({key: value * epoch / 2 for key, value in figures.items()}, step=epoch) for epoch in (1, 2)]
         (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, rows)))
-        return Run(f'configs/{config}.py', str(tmp_path / config))
+        return Run(f'configs/digits/{config}.py', str(tmp_path / config))
 
     keys = ('multi-label/mAP', 'multi-label/CF1', 'multi-label/OF1', 'multi-label/gap')
     return ({loss: write(f'resnet_{loss}_digits', **dict(zip(keys, (90.06, 80., 81., -0.2))))
@@ -59,7 +59,7 @@ def test_predictions(demo, tmp_path):
     DigitScenes(train=1, val=8).write(tmp_path / 'digits')
     runs = []
     for name in ('resnet_asl_digits', 'fcos_asl_digits'):
-        cfg = Config.fromfile(f'configs/{name}.py')
+        cfg = Config.fromfile(f'configs/digits/{name}.py')
         cfg.model.backbone.init_cfg = None
         cfg.test_dataloader.dataset.data_root = str(tmp_path / 'digits')
         cfg.dump(tmp_path / f'{name}.py')
@@ -85,7 +85,7 @@ def test_predictions_are_those_of_the_evaluation(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(MODELS, 'build', lambda cfg: built.append(deepcopy(cfg)) or build(cfg))
     monkeypatch.setattr(demo, 'load_checkpoint', lambda *args, **kwargs: None)
     DigitScenes(train=1, val=8).write(tmp_path / 'digits')
-    cfg = Config.fromfile('configs/resnet_asl_digits.py')
+    cfg = Config.fromfile('configs/digits/resnet_asl_digits.py')
     cfg.model.backbone.init_cfg = None
     cfg.test_dataloader.dataset.data_root = str(tmp_path / 'digits')
     cfg.dump(tmp_path / 'config.py')

@@ -39,7 +39,7 @@ test_dataloader = dict(dataset=dict(type='mmasl.CocoMultiLabel', pipeline=[
     dict(type='LoadImageFromFile'), dict(type='Resize', scale=(12, 8)), dict(type='PackInputs')]))
 """
 DETECTOR = f"""
-_base_ = {str(ROOT / 'configs/fcos_asl_digits.py')!r}
+_base_ = {str(ROOT / 'configs/digits/fcos_asl_digits.py')!r}
 model = dict(backbone=dict(init_cfg=None), bbox_head=dict(num_classes=4))
 """
 

@@ -24,13 +24,13 @@ COLORS = dict(black=(0, 0, 0), blue=(0, 0, 255), orange=(255, 140, 0))
 
 # The means of red, green and blue, times 12 and minus 6, are the logits of the first three classes.
 CLASSIFIER = f"""
-_base_ = {str(ROOT / 'configs/resnet_asl_digits.py')!r}
+_base_ = {str(ROOT / 'configs/digits/resnet_asl_digits.py')!r}
 model = dict(
     backbone=dict(_delete_=True, type='LinearBackbone'),
     head=dict(num_classes=4, in_channels=3, init_cfg=None))
 """
 DETECTOR = f"""
-_base_ = {str(ROOT / 'configs/fcos_asl_digits.py')!r}
+_base_ = {str(ROOT / 'configs/digits/fcos_asl_digits.py')!r}
 model = dict(backbone=dict(init_cfg=None), bbox_head=dict(num_classes=4), test_cfg=dict(max_per_img=1000))
 """
 

@@ -68,7 +68,7 @@ def tiny() -> None:
     from mmasl.datasets.digits import DigitScenes
     DigitScenes(train=4, val=12, colors=1).write('digits')
     Path('tiny.py').write_text(f"""
-_base_ = {str(ROOT / 'configs/resnet_asl_digits.py')!r}
+_base_ = {str(ROOT / 'configs/digits/resnet_asl_digits.py')!r}
 model = dict(backbone=dict(init_cfg=None), head=dict(type='mmasl.MultiLabelLinearClsHead', num_classes=10))
 data_preprocessor = dict(num_classes=10)
 test_dataloader = dict(batch_size=5, dataset=dict(data_root='digits'))

@@ -148,7 +148,7 @@ def run(tmp_path):
     (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, [
         *steps, {'step': 1, 'multi-label/mAP': 50.}, {'step': 2, 'multi-label/mAP': 81.234, 'coco/bbox_mAP': 0.76543,
                                                       'time': 1.}])))
-    return Run('configs/resnet_adaptive_digits_paper.py', str(tmp_path / 'run'))
+    return Run('configs/digits/resnet_adaptive_digits_paper.py', str(tmp_path / 'run'))
 
 
 def test_scalars_of_a_run(run):
@@ -318,7 +318,7 @@ def test_what_others_start_from(tmp_path, monkeypatch):
     Path(folder).mkdir(parents=True)
     Path(folder, 'epoch_24.pth').touch()
     assert prepare() == []
-    run = Run('configs/resnet_ce_glyphs_24e.py', folder)
+    run = Run('configs/digits/resnet_ce_glyphs_24e.py', folder)
     run._stamp(finished=False)
     assert prepare() == [folder]
     run.finish()

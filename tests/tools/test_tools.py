@@ -154,9 +154,9 @@ def test_auto_scale_lr():
 def test_missing_data_of_the_shipped_configs(config, path, place, source, folder):
     with pytest.raises(SystemExit) as stop:
         TRAIN.configure(TRAIN.build_parser().parse_args([
-            str(ROOT / 'configs' / f'{config}.py'), '--cfg-options', 'model.backbone.init_cfg=None']))
+            str(next(ROOT.glob(f'configs/**/{config}.py'))), '--cfg-options', 'model.backbone.init_cfg=None']))
     for expected in (f'  {path} ', f'in {place}', source, 'tools/make_digits.py data/digits', str(folder),
-                     'configs/fcos_asl_digits.py', 'configs/resnet_asl_digits.py'):
+                     'configs/digits/fcos_asl_digits.py', 'configs/digits/resnet_asl_digits.py'):
         assert expected in stop.value.code
 
 
@@ -168,7 +168,7 @@ def test_missing_data_of_the_shipped_configs(config, path, place, source, folder
 def test_missing_digits_have_a_cure_of_their_own(config, command, other):
     with pytest.raises(SystemExit) as stop:
         TRAIN.configure(TRAIN.build_parser().parse_args([
-            str(ROOT / 'configs' / f'{config}.py'), '--cfg-options', 'model.backbone.init_cfg=None']))
+            str(next(ROOT.glob(f'configs/**/{config}.py'))), '--cfg-options', 'model.backbone.init_cfg=None']))
     assert command in stop.value.code and other not in stop.value.code
 
 
@@ -187,7 +187,7 @@ def test_digits_are_made_by_the_command_that_is_named(monkeypatch):
 def test_missing_start_has_its_own_config(config):
     """Each start of the digits is made by another config."""
     with pytest.raises(SystemExit) as stop:
-        TRAIN.configure(TRAIN.build_parser().parse_args([str(ROOT / 'configs' / f'{config}.py')]))
+        TRAIN.configure(TRAIN.build_parser().parse_args([str(next(ROOT.glob(f'configs/**/{config}.py')))]))
     start, = re.findall(r'train it first \(python tools/train.py (\S+)\)', stop.value.code)
     assert Path(start).is_file() and f'work_dirs/{Path(start).stem}/' in stop.value.code
 

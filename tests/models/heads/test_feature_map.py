@@ -205,8 +205,9 @@ def test_inside_a_classifier(name):
 @pytest.mark.parametrize('head', ['ml_decoder', 'query2label', 'label_graph'])
 def test_configs(head, data):
     """Each differs from its base in the head and what goes with it, keeps its loss, and builds and runs."""
-    path = CONFIGS / f"resnet{'101' if data == 'coco' else ''}_{head}_asl_{data}.py"
-    cfg, base = Config.fromfile(path), Config.fromfile(str(path).replace(f'_{head}', ''))
+    model, folder, bases = ('resnet101', 'heads', '.') if data == 'coco' else ('resnet', 'digits', 'digits')
+    cfg = Config.fromfile(CONFIGS / folder / f'{model}_{head}_asl_{data}.py')
+    base = Config.fromfile(CONFIGS / bases / f'{model}_asl_{data}.py')
     kept = {key: value for key, value in cfg.to_dict().items() if key not in ('model', 'param_scheduler')}
     assert kept == {key: base.to_dict()[key] for key in kept}
     assert cfg.model.head.loss == base.model.head.loss and cfg.model.neck is None

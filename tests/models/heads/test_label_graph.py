@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 spec = spec_from_file_location('tools_label_graph', ROOT / 'tools' / 'label_graph.py')
 TOOL = module_from_spec(spec)
 spec.loader.exec_module(TOOL)
-CONFIG = ROOT / 'configs' / 'resnet_label_graph_asl_digits.py'
+CONFIG = ROOT / 'configs/digits/resnet_label_graph_asl_digits.py'
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +223,7 @@ def test_tool_refusals(digits, monkeypatch):
     assert 'graph.txt: the graph is written to an .npz' in refusal(monkeypatch, '--out', 'graph.txt', *data(digits))
     assert 'No such file of word vectors: gone.txt' in refusal(monkeypatch, '--glove', 'gone.txt', *data(digits))
     assert 'Missing data' in refusal(monkeypatch, *data('nowhere'))
-    other = ROOT / 'configs' / 'resnet_asl_digits.py'
+    other = ROOT / 'configs/digits/resnet_asl_digits.py'
     assert 'no model.head.graph: say where to write' in refusal(monkeypatch, *data(digits), config=other)
     assert 'No such config: gone.py' in refusal(monkeypatch, config='gone.py')
     ragged = 'red 1\n' + ''.join(f'{n} 1 2\n' for n in range(10))
@@ -233,7 +233,7 @@ def test_tool_refusals(digits, monkeypatch):
         assert message in refusal(monkeypatch, '--out', 'g.npz', '--glove', 'glove.txt', *data(digits))
         assert not Path('g.npz').exists()
     glyphs = DigitScenes(train=12, val=1, size=32, single=True, labels_per_image=1).write('glyphs')
-    single = ROOT / 'configs' / 'resnet_ce_glyphs.py'
+    single = ROOT / 'configs/digits/resnet_ce_glyphs.py'
     assert 'None of the 12 training images of' in refusal(
         monkeypatch, '--out', 'g.npz', *data(glyphs), config=single)
 

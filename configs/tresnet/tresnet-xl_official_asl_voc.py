@@ -1,7 +1,7 @@
 # TResNet-XL at 448 px with ASL on VOC 2007: the model zoo's. What it was pretrained on is not told.
 _base_ = [
-    './_base_/models/tresnet_multilabel.py', './_base_/datasets/voc2007_multilabel_official.py',
-    './_base_/schedules/official_41e.py', './_base_/official_runtime.py'
+    '../_base_/models/tresnet_multilabel.py', '../_base_/datasets/voc2007_multilabel_official.py',
+    '../_base_/schedules/official_41e.py', '../_base_/official_runtime.py'
 ]
 
 # The loss is summed: Adam adds the weight decay to the gradient, so the scale of the loss matters. On N processes set

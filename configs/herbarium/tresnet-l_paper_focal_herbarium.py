@@ -1,7 +1,7 @@
 # TResNet-L on Herbarium 2020 with the focal loss on sigmoids (App. G, Table 12; issue 68 of the official repository).
 _base_ = [
-    './_base_/models/tresnet_multilabel.py', './_base_/datasets/herbarium2020.py', './_base_/schedules/onecycle_60e.py',
-    './_base_/tresnet_runtime.py'
+    '../_base_/models/tresnet_multilabel.py', '../_base_/datasets/herbarium2020.py',
+    '../_base_/schedules/onecycle_60e.py', '../_base_/tresnet_runtime.py'
 ]
 
 # App. G states the gammas; epochs, learning rate and input size are those of App. B and Sec. 4.

@@ -1,6 +1,6 @@
 # A small FCOS on the digits, with the focal loss that FCOS has: the baseline of fcos_asl_digits.py.
 _base_ = [
-    'mmdet::_base_/default_runtime.py', './_base_/datasets/digits_detection.py', './_base_/schedules/digits.py'
+    'mmdet::_base_/default_runtime.py', '../_base_/datasets/digits_detection.py', '../_base_/schedules/digits.py'
 ]
 custom_imports = dict(imports=['mmasl'], allow_failed_imports=False)
 

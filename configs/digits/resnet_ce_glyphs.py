@@ -1,8 +1,8 @@
 # Pre-training of the digits' backbone on single glyphs: what ImageNet is to a real one. One label an image, softmax.
 # Made by: python tools/make_digits.py data/glyphs --single --size 32
 _base_ = [
-    './_base_/models/resnet18_digits.py', './_base_/datasets/digits_multilabel.py', './_base_/schedules/digits.py',
-    './_base_/classification_runtime.py'
+    '../_base_/models/resnet18_digits.py', '../_base_/datasets/digits_multilabel.py', '../_base_/schedules/digits.py',
+    '../_base_/classification_runtime.py'
 ]
 
 model = dict(head=dict(type='LinearClsHead', in_channels=128, num_classes=40, loss=dict(type='CrossEntropyLoss')))

@@ -1,7 +1,7 @@
 # TResNet-L at 448 px with binary cross-entropy, after App. B of arXiv 2009.14119: the baseline of its sister configs.
 _base_ = [
-    './_base_/models/tresnet_multilabel.py', './_base_/datasets/coco_multilabel.py',
-    './_base_/schedules/onecycle_60e.py', './_base_/tresnet_runtime.py'
+    '../_base_/models/tresnet_multilabel.py', '../_base_/datasets/coco_multilabel.py',
+    '../_base_/schedules/onecycle_60e.py', '../_base_/tresnet_runtime.py'
 ]
 
 # The head divides the sum over labels and images by the number of images.

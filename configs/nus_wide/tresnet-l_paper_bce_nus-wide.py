@@ -1,13 +1,13 @@
-# TResNet-L at 448 px with binary cross-entropy, after App. B of arXiv 2009.14119: the baseline of its sister configs.
+# TResNet-L at 448 px with binary cross-entropy, after App. B and E of arXiv 2009.14119: the baseline of its sisters.
 _base_ = [
-    './_base_/models/tresnet_multilabel.py', './_base_/datasets/voc2007_multilabel.py',
-    './_base_/schedules/onecycle_60e.py', './_base_/tresnet_runtime.py'
+    '../_base_/models/tresnet_multilabel.py', '../_base_/datasets/nus_wide.py', '../_base_/schedules/onecycle_60e.py',
+    '../_base_/tresnet_runtime.py'
 ]
 
 # The head divides the sum over labels and images by the number of images.
 model = dict(
     head=dict(
-        num_classes=20,
+        num_classes=81,
         loss=dict(
             type='mmasl.AsymmetricLoss',
             use_sigmoid=True,

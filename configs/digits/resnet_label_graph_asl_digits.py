@@ -1,5 +1,5 @@
 # The digits with ASL and ML-GCN (arXiv 1904.03582) in place of pooling and a linear layer.
-# Made by: python tools/label_graph.py configs/resnet_label_graph_asl_digits.py
+# Made by: python tools/label_graph.py configs/digits/resnet_label_graph_asl_digits.py
 _base_ = './resnet_asl_digits.py'
 
 # Digits are drawn independently of each other, so that few pairs or none reach a threshold of 0.4.

@@ -1,7 +1,7 @@
 # Multi-label classification of the digits with binary cross-entropy: the baseline of its sister configs.
 _base_ = [
-    './_base_/models/resnet18_digits.py', './_base_/datasets/digits_multilabel.py', './_base_/schedules/digits.py',
-    './_base_/classification_runtime.py'
+    '../_base_/models/resnet18_digits.py', '../_base_/datasets/digits_multilabel.py', '../_base_/schedules/digits.py',
+    '../_base_/classification_runtime.py'
 ]
 
 # The head starts at the labels' prior, 2.5 of 40.

@@ -1,7 +1,7 @@
 # ResNet-101 at 448 px with binary cross-entropy, after App. B and E of arXiv 2009.14119: the baseline of its sister.
 _base_ = [
-    './_base_/models/resnet101_multilabel.py', './_base_/datasets/nus_wide.py', './_base_/schedules/onecycle_60e.py',
-    './_base_/classification_runtime.py'
+    '../_base_/models/resnet101_multilabel.py', '../_base_/datasets/nus_wide.py', '../_base_/schedules/onecycle_60e.py',
+    '../_base_/classification_runtime.py'
 ]
 
 model = dict(

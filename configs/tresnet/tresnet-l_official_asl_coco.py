@@ -1,7 +1,7 @@
 # TResNet-L at 448 px with ASL, as the official train.py trains (docs/recipes.md).
 _base_ = [
-    './_base_/models/tresnet_multilabel.py', './_base_/datasets/coco_multilabel_official.py',
-    './_base_/schedules/official_41e.py', './_base_/official_runtime.py'
+    '../_base_/models/tresnet_multilabel.py', '../_base_/datasets/coco_multilabel_official.py',
+    '../_base_/schedules/official_41e.py', '../_base_/official_runtime.py'
 ]
 
 # The loss is summed: Adam adds the weight decay to the gradient, so the scale of the loss matters. On N processes set

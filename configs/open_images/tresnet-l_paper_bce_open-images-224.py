@@ -1,7 +1,7 @@
 # TResNet-L on Open Images with binary cross-entropy, the 30 epochs at 224 px of App. F of arXiv 2009.14119.
 _base_ = [
-    './_base_/models/tresnet_multilabel.py', './_base_/datasets/open_images.py', './_base_/schedules/onecycle_60e.py',
-    './_base_/tresnet_runtime.py'
+    '../_base_/models/tresnet_multilabel.py', '../_base_/datasets/open_images.py',
+    '../_base_/schedules/onecycle_60e.py', '../_base_/tresnet_runtime.py'
 ]
 
 # App. F: what is not annotated is negative, "with reduced weights" that are not given; 0.1 is our choice, not tuned.
