@@ -18,7 +18,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from torch.testing import assert_close
 
 from mmasl import AsymmetricLoss, AsymmetricSoftmaxLoss, MultiLabelMetric
-from mmasl.evaluation.metrics import CHOICES, Conventions, average_precision, multilabel_metrics
+from mmasl.evaluation.functional import CHOICES, Conventions, average_precision, multilabel_metrics
 from mmasl.ops import asymmetric_loss
 
 set_hypothesis_home_dir(Path(__file__).parents[2] / '.pytest_cache/hypothesis')
@@ -203,12 +203,12 @@ def test_parts_of_a_batch_and_ranks(drawn, cut, reduction):
     """Sums add up, means by their divisors; so do the gradient and the sums of the probability gap, which ranks add."""
     z, target, setting = drawn
     loss = AsymmetricLoss(**setting, ignore_index=IGNORED, reduction='sum' if reduction == 'sum' else 'mean')
-    loss.track_probabilities = True
+    loss.probability_sums.enabled = True
     factor = 7. if reduction == 'avg_factor' else None
 
     def run(part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         value, grad = value_and_grad(loss, z[part], target[part], avg_factor=factor)
-        sums, loss.probability_sums = loss.probability_sums, None
+        sums = loss.probability_sums.take()
         share = (target[part] != IGNORED).sum() if reduction == 'mean' else 1
         return value * share, grad.double() * share, sums
 
@@ -288,11 +288,11 @@ def test_any_setting_is_finite(z, setting, dtype, form, reduction, avg_factor, s
                   labels=labels, quality=(labels, torch.rand(2, generator=random(seed))),
                   ignored=torch.full((2, 3), IGNORED), **{'ignored labels': torch.full((2, ), IGNORED)})[form]
     loss = AsymmetricLoss(**setting, ignore_index=IGNORED, reduction=reduction)
-    loss.track_probabilities = True
+    loss.probability_sums.enabled = True
     # Divided by the least that it is divided by, a loss of 10,000 and a gradient in float16 are beyond their range.
     avg_factor = 1. if avg_factor == 0 and dtype == torch.float16 and 'ignored' not in form else avg_factor
     value, grad = value_and_grad(loss, z, target, avg_factor=avg_factor)
-    assert_finite(value, grad, loss.probability_sums)
+    assert_finite(value, grad, loss.probability_sums.total)
     assert value.dtype == torch.promote_types(dtype, torch.float32) and grad.dtype == dtype
     assert 'ignored' not in form or (not value.any() and not grad.any())
 

@@ -59,7 +59,7 @@ class ProbabilityGapHook(Hook):
                              "as in model.head.loss=dict(_delete_=True, type='mmasl.AsymmetricLoss'), or remove the "
                              'hook')
         for loss in self.losses:
-            loss.track_probabilities = True
+            loss.probability_sums.enabled = True
         shapes = [torch.broadcast_shapes(loss.gamma_neg.shape, loss.clip.shape) if self.per_class else ()
                   for loss in self.losses]
         self.sums = [loss.gamma_neg.new_zeros(4, *shape) for loss, shape in zip(self.losses, shapes)]
@@ -84,7 +84,7 @@ class ProbabilityGapHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         for loss in self.losses:
-            loss.track_probabilities = False
+            loss.probability_sums.enabled = False
 
     @staticmethod
     def _has_updated(runner: Runner) -> bool:
@@ -98,9 +98,9 @@ class ProbabilityGapHook(Hook):
         """Move the loss's sums of this update into the window, in place; returns ``renewed`` of :meth:`control`."""
         # All ranks add up, also one whose loss was not called: YOLOX does not call it without objects.
         batch = torch.zeros_like(sums)
-        if loss.probability_sums is not None:
-            batch += loss.probability_sums if self.per_class else loss.probability_sums.sum(-1)
-            loss.probability_sums = None
+        taken = loss.probability_sums.take()
+        if taken is not None:
+            batch += taken if self.per_class else taken.sum(-1)
         all_reduce(batch)
         # Without positives the window holds still. So it does at NaN: the loss is NaN as well, which others report.
         positives = torch.where(batch.isfinite().all(0), batch[1], 0)

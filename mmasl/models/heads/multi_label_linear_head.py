@@ -50,14 +50,14 @@ class MultiLabelLinearClsHead(CalibratedPredictions, heads.MultiLabelLinearClsHe
         loss, features = self.loss_module, self.pre_logits(feats)
         divisor = as_divisor(len(data_samples)) if loss.reduction == 'mean' else 1
         # As AsymmetricLoss.forward tracks.
-        track = loss.track_probabilities and loss.training and torch.is_grad_enabled()
+        track = loss.probability_sums.enabled and loss.training and torch.is_grad_enabled()
         value = linear_asymmetric_loss(
             features, self.fc.weight, self.fc.bias, self._target(data_samples, features.device),
             ignore_index=loss.ignore_index, scale=loss.loss_weight / divisor, chunk_size=self.chunk_size,
             return_sums=track, implementation=loss.implementation, **calibration_settings(loss))
         if isinstance(value, tuple):
             value, sums = value
-            loss.probability_sums = sums if loss.probability_sums is None else loss.probability_sums + sums
+            loss.probability_sums.add(sums)
         return dict(loss=value)
 
     def _target(self, data_samples: list[DataSample], device: torch.device) -> Tensor:

@@ -1,4 +1,5 @@
 from .asymmetric_loss import AsymmetricLoss
 from .asymmetric_softmax_loss import AsymmetricSoftmaxLoss
+from .probability_sums import ProbabilitySums
 
-__all__ = ['AsymmetricLoss', 'AsymmetricSoftmaxLoss']
+__all__ = ['AsymmetricLoss', 'AsymmetricSoftmaxLoss', 'ProbabilitySums']

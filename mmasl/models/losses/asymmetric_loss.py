@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmasl.models.losses.probability_sums import ProbabilitySums
 from mmasl.ops import asymmetric_loss
 from mmasl.ops.asymmetric_loss import IMPLEMENTATIONS
 from mmasl.registry import MODELS
@@ -33,9 +34,8 @@ class AsymmetricLoss(nn.Module):
     ``gamma_pos``, ``gamma_neg`` and ``clip`` live on the module as float32 tensors, outside its state dict; change them
     in place (``loss.gamma_neg.fill_(3)``) at any step, without recompiling.
 
-    With ``track_probabilities = True`` each call that trains adds the four sums of the probability gap (Eq. 9-10)
-    to ``probability_sums``, (4, C) or None: see ``return_sums`` of :func:`mmasl.ops.asymmetric_loss`. Whoever reads
-    them sets them back to None, as :class:`mmasl.ProbabilityGapHook` does.
+    ``probability_sums`` collects what the probability gap (Eq. 9-10) is computed from while its ``enabled`` is True; see
+    :class:`mmasl.models.losses.ProbabilitySums`. :class:`mmasl.ProbabilityGapHook` reads it.
 
     Labels that nobody annotated, marked by ``ignore_index``, are left out unless ``weight_unannotated`` is above 0.
     Then each is ``weight_unannotated`` negatives wherever negatives count: in the loss and its gradient, in the divisor
@@ -130,8 +130,7 @@ class AsymmetricLoss(nn.Module):
         self.weight_unannotated = weight_unannotated
         self.activated = activated
         self.implementation = implementation
-        self.track_probabilities = False
-        self.probability_sums: Tensor | None = None
+        self.probability_sums = ProbabilitySums()
 
     def forward(self,
                 pred: Tensor,
@@ -162,7 +161,7 @@ class AsymmetricLoss(nn.Module):
         if weight is not None:
             weight = _as_element_weight(weight, pred)
         # PAA calls its loss for the assignment too, without a gradient.
-        track = self.track_probabilities and self.training and torch.is_grad_enabled()
+        track = self.probability_sums.enabled and self.training and torch.is_grad_enabled()
         scale: Any = self.loss_weight
         if reduction == 'mean':
             divisor = self._divisor(pred, target, avg_factor)
@@ -182,8 +181,7 @@ class AsymmetricLoss(nn.Module):
                                    implementation=self.implementation)
             if isinstance(loss, tuple):
                 loss, sums = loss
-                self.probability_sums = share * sums if self.probability_sums is None else (
-                    self.probability_sums + share * sums)
+                self.probability_sums.add(share * sums)
             losses.append(loss)
         return sum(losses[1:], losses[0])
 

@@ -120,7 +120,7 @@ def test_logs_the_gap_of_equations_9_and_10(tmp_path):
     assert logged(runner, 'gamma_neg').tolist() == [2, 2, 2] and logged(runner, 'clip').tolist() == [0, 0, 0]
     scalars = next(tmp_path.glob('*/vis_data/scalars.json')).read_text()
     assert all(f'"{name}"' in scalars for name in ('p_t_pos', 'p_t_neg', 'gap', 'gamma_neg', 'clip'))
-    assert runner.model.heads[0].criterion.track_probabilities is False, 'nobody reads the sums any more'
+    assert runner.model.heads[0].criterion.probability_sums.enabled is False, 'nobody reads the sums any more'
 
 
 def test_the_window_divides_sums_and_never_averages_averages(tmp_path):
@@ -140,7 +140,7 @@ def test_rare_classes_get_a_longer_window():
     hook.per_class = True
     loss, sums = AsymmetricLoss(), torch.zeros(4, 3)
     for _ in range(300):
-        loss.probability_sums = torch.tensor([[40., 1., 0.], [80., 2., 0.], [1., 1., 1.], [20., 98., 100.]])
+        loss.probability_sums.total = torch.tensor([[40., 1., 0.], [80., 2., 0.], [1., 1., 1.], [20., 98., 100.]])
         renewed = hook._take(loss, sums)
     assert_close(sums[1], torch.tensor([400., 101., 0.]), rtol=0.01, atol=0.)
     assert_close(renewed, torch.tensor([1., 5 * (1 - torch.tensor(-0.02).exp()), 0.]))
@@ -237,7 +237,7 @@ def test_nan_holds(per_class):
     hook.rate, hook.gaps = 1., [torch.full(shape, torch.nan)]
 
     def update(sums):
-        loss.probability_sums = torch.tensor(sums)
+        loss.probability_sums.total = torch.tensor(sums)
         renewed = hook._take(loss, hook.sums[0])
         hook.control(0, mmasl.engine.hooks.probability_gap.gap_of(hook.sums[0]), renewed, 0.5)
 

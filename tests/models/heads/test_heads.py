@@ -148,16 +148,16 @@ def test_chunked_head_trains_as_the_whole_one(setting, chunk_size, labels):
     results = []
     for kwargs in (dict(), dict(chunk_size=chunk_size)):
         head = build('MultiLabelLinearClsHead', loss=ASL | setting, **kwargs).double()
-        head.loss_module.track_probabilities = True
+        head.loss_module.probability_sums.enabled = True
         feats = features('MultiLabelLinearClsHead')[0].double().requires_grad_()
         for _ in range(2):  # calls add up
             losses = head.loss((feats, ), samples)
             losses['loss'].backward()
         results.append((losses, feats.grad, dict(head.named_parameters()), head.fc.weight.grad, head.fc.bias.grad,
-                        head.loss_module.probability_sums))
+                        head.loss_module.probability_sums.total))
         with torch.no_grad():
             head.loss((feats, ), samples)
-        assert_close(head.loss_module.probability_sums, results[-1][-1], rtol=0, atol=0)
+        assert_close(head.loss_module.probability_sums.total, results[-1][-1], rtol=0, atol=0)
     assert_close(*results, rtol=1e-12, atol=1e-12)
     assert results[1][0]['loss'] != 0
 

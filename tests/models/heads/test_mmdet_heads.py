@@ -181,13 +181,13 @@ def test_training_step(head):
     losses = replaced_modules(cfg, model)
     modules = [model.get_submodule(name) for name in losses]
     for module in modules:
-        module.track_probabilities = True
+        module.probability_sums.enabled = True
 
     for num_items in (3, 0), (0, ):
         model.zero_grad()
         logged, calls = step(head, model, losses, inputs(head, *num_items))
         # Without objects YOLOX does not call its loss, and YOLOv3 calls it with weights of 0.
-        sums = sum((module.probability_sums for module in modules if module.probability_sums is not None),
+        sums = sum((module.probability_sums.total for module in modules if module.probability_sums.total is not None),
                    torch.zeros(4, 1))
         p_positives, positives, q_negatives, negatives = sums
         assert (0 <= p_positives).all() and (p_positives <= positives + 1e-3).all()
@@ -195,7 +195,7 @@ def test_training_step(head):
         assert bool(positives.any()) is any(num_items)
         assert q_negatives.any() or (head in ('yolox', 'yolov3') and not any(num_items))
         for module in modules:
-            module.probability_sums = None
+            module.probability_sums.take()
         assert all(value.isfinite() for value in logged.values()), logged
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         if any(num_items):

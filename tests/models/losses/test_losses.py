@@ -181,14 +181,14 @@ def test_unannotated_labels_between_ignored_and_negative(logits, partial, dtype,
 
 def test_a_batch_without_annotations(logits):
     loss = AsymmetricLoss(ignore_index=-1, weight_unannotated=0.01)
-    loss.track_probabilities = True
+    loss.probability_sums.enabled = True
     expected = with_grad(AsymmetricLoss(), logits, torch.zeros(12, 5))
     for target in (torch.full((12, 5), -1.), torch.full((12, ), -1)):
         assert_close(with_grad(loss, logits, target), expected)  # 0.6 elements
         p = logits.sigmoid()
-        assert_close(loss.probability_sums, torch.stack([torch.zeros(5), torch.zeros(5), 0.01 * (1 - p).sum(0),
+        assert_close(loss.probability_sums.total, torch.stack([torch.zeros(5), torch.zeros(5), 0.01 * (1 - p).sum(0),
                                                          torch.full((5, ), 0.12)]))
-        loss.probability_sums = None
+        loss.probability_sums.take()
     assert loss(logits[:0], torch.zeros(0, 5)) == 0
 
 
@@ -196,11 +196,11 @@ def test_unannotated_labels_are_a_share_of_the_negatives_in_the_gap(logits, part
     target, negative, marked = partial
     weight = (torch.arange(12) % 3 > 0).float()
     loss = AsymmetricLoss(ignore_index=-1, weight_unannotated=0.3, gamma_unannotated=7)
-    loss.track_probabilities = True
+    loss.probability_sums.enabled = True
     loss(logits, target, weight)
     p, y = logits.sigmoid(), dense(negative)
     share = torch.where(marked, 0.3, 1.) * weight.unsqueeze(1)
-    assert_close(loss.probability_sums, torch.stack([(share * x).sum(0) for x in (y * p, y, (1 - y) * (1 - p), 1 - y)]))
+    assert_close(loss.probability_sums.total, torch.stack([(share * x).sum(0) for x in (y * p, y, (1 - y) * (1 - p), 1 - y)]))
 
 
 def test_unannotated_labels_follow_the_gamma_of_negatives_or_keep_their_own(logits):
@@ -278,7 +278,7 @@ def test_compiled_module_follows_a_hook(logits, target, labels, form, track):
     target = dict(dense=target, labels=labels)[form]
     torch._dynamo.reset()
     loss = AsymmetricLoss()
-    loss.track_probabilities = track
+    loss.probability_sums.enabled = track
     compiled = torch.compile(loss, fullgraph=True, backend='aot_eager')
     for step, gamma in enumerate((4., 3.99, 1., 0.)):
         loss.gamma_neg.fill_(gamma)
@@ -286,37 +286,37 @@ def test_compiled_module_follows_a_hook(logits, target, labels, form, track):
             assert_close(with_grad(compiled, logits, target, avg_factor=12),
                          with_grad(AsymmetricLoss(gamma_neg=gamma), logits, target, avg_factor=12))
         if track:
-            assert_close(loss.probability_sums, asymmetric_loss(logits, target, return_sums=True)[1])
-            loss.probability_sums = None
+            assert_close(loss.probability_sums.total, asymmetric_loss(logits, target, return_sums=True)[1])
+            loss.probability_sums.take()
     torch._dynamo.reset()
 
 
 def test_tracked_sums_add_up_over_calls_in_training(logits, target, labels):
     loss = AsymmetricLoss(ignore_index=3)
     loss(logits, labels)
-    assert loss.probability_sums is None, 'nobody asked'
-    loss.track_probabilities = True
+    assert loss.probability_sums.total is None, 'nobody asked'
+    loss.probability_sums.enabled = True
     loss(logits, target, avg_factor=4)
     first = loss.probability_sums.clone()
     assert_close(first, asymmetric_loss(logits, target, return_sums=True)[1])
     loss(logits, labels, torch.arange(12) % 2, reduction_override='none')
-    assert_close(loss.probability_sums - first, asymmetric_loss(
+    assert_close(loss.probability_sums.total - first, asymmetric_loss(
         logits, labels, ignore_index=3, weight=(torch.arange(12) % 2).unsqueeze(1), return_sums=True)[1])
-    before = loss.probability_sums
+    before = loss.probability_sums.total
     loss.eval()(logits, labels)
     with torch.no_grad():
         loss.train()(logits, labels)
-    assert loss.probability_sums is before, 'neither evaluation nor assignment may count'
+    assert loss.probability_sums.total is before, 'neither evaluation nor assignment may count'
 
 
 def test_half_precision_counts_beyond_its_integers():
     """float16 ends at 65504 and bfloat16 counts to 256: the sums are float32."""
     loss = AsymmetricLoss()
-    loss.track_probabilities = True
+    loss.probability_sums.enabled = True
     for dtype in (torch.float16, torch.bfloat16):
         loss(torch.zeros(70000, 1, dtype=dtype), torch.ones(70000, 1, dtype=dtype))
         assert loss.probability_sums.flatten().tolist() == [35000, 70000, 0, 0]
-        loss.probability_sums = None
+        loss.probability_sums.take()
 
 
 def test_reset_parameters_undoes_a_controller():
