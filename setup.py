@@ -1,16 +1,35 @@
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
+ROOT = Path(__file__).resolve().parent
 DETECTION = ['onedl-mmcv>=2.3.6', 'onedl-mmdetection>=3.5.1']
-CLASSIFICATION = ['onedl-mmcv>=2.3.6', 'onedl-mmpretrain>=1.3.6', 'timm>=1.0', 'tqdm']
+CLASSIFICATION = ['onedl-mmcv>=2.3.6', 'onedl-mmpretrain>=1.3.6', 'timm>=1.0', 'jinja2', 'scipy', 'tqdm']
 EXPORT = ['onnx>=1.18', 'onnxruntime>=1.20', 'onnxscript>=0.5']
 LINT = ['ruff>=0.17', 'mypy>=2.4']
 DOCS = ['sphinx>=8.1', 'myst-parser>=4', 'furo>=2024.8.6']
 DEMO = ['scikit-learn>=1.3', 'scipy', 'matplotlib>=3.7']
 
-about = {}
-for line in Path(__file__).with_name('mmasl').joinpath('__init__.py').read_text().splitlines():
+
+class BuildWithConfigs(build_py):
+    """Adds configs, tools and the model index to the package as mmasl/.mim, where OpenMMLab's packages have them."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib, 'mmasl', '.mim')
+        for name in ('configs', 'tools'):
+            shutil.copytree(ROOT / name, target / name, dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns('__pycache__', 'setup_env.sh'))
+        for name in ('model-index.yml', 'metafile.yml'):
+            shutil.copy2(ROOT / name, target)
+
+
+about: dict[str, str] = {}
+for line in (ROOT / 'mmasl/__init__.py').read_text().splitlines():
     if line.startswith('__version__'):
         exec(line, about)
 
@@ -18,13 +37,14 @@ setup(
     name='mmasl',
     version=about['__version__'],
     description='Training with the Asymmetric Loss in MMDetection and MMPretrain',
-    long_description=Path(__file__).with_name('README.md').read_text(),
+    long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['mmasl', 'mmasl.*']),
-    package_data={'mmasl.reproduce': ['tables.json']},
+    package_data={'': ['*.json', '*.html', '*.css', '*.js', '*.jinja']},
+    cmdclass={'build_py': BuildWithConfigs},
     python_requires='>=3.10',
-    # mmengine itself is not named: upstream's and the fork's distributions differ in name, and not in the import's.
+    # The losses need torch and numpy alone; the extras add OpenMMLab.
     install_requires=['torch>=2.4', 'numpy'],
     extras_require={
         'det': ['onedl-mmengine>=0.10.12', *DETECTION],

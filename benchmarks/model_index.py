@@ -1,112 +1,176 @@
-"""Write metafile.yml, by which OpenMMLab's tools find configs and results: all configs of configs/, by their names.
+"""Write metafile.yml and the tables of configs/**/README.md.
 
-`make test` says when it is out of date. Results are of two kinds, under names of their own: those of this repository's
-result files, and '(published)' ones, which stand in a config for the checkpoint that the official repository released.
+metafile.yml lists the classifiers, which MMPretrain's ModelHub builds by name. The README of each folder of configs
+lists its configs, the paper's number, ours, and the command. The paper's numbers come from
+mmasl/reproduce/tables.json, those of the released checkpoints from the configs, and ours from the rows below
+benchmarks/. tests/test_packaging.py fails while a file is out of date.
 """
 import argparse
 import ast
-import csv
 import re
+import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from mmengine.fileio import dump
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from mmasl.reproduce.experiments import COLUMNS, Training, items, rows  # noqa: E402
+from mmasl.reproduce.results import interval  # noqa: E402
+from mmasl.reproduce.runs import read_rows  # noqa: E402
+from mmasl.utils.markdown import fill_blocks, markdown_table  # noqa: E402
+
 LOSSES = {
     'asl': 'ASL', 'asl-softmax': 'ASL, softmax form', 'adaptive': 'ASL with adaptive asymmetry', 'focal': 'focal loss',
     'focal-alpha': 'focal loss with alpha', 'focusing': 'asymmetric focusing', 'margin': 'probability margin',
     'bce': 'binary cross-entropy', 'ce': 'cross-entropy'}
-DATA = {  # in a config's name: the data, and the task unless a detector is trained on them
+DATA = {  # by the part of a config's name: data set and task
     'coco': ('MS-COCO 2014', 'Multi-Label Classification'), 'voc': ('Pascal VOC 2007', 'Multi-Label Classification'),
     'nus-wide': ('NUS-WIDE', 'Multi-Label Classification'),
     'open-images': ('Open Images V6', 'Multi-Label Classification'),
     'herbarium': ('Herbarium 2020', 'Image Classification'), 'glyphs': ('glyphs', 'Image Classification'),
     'digits_hard': ('digits, long tail and missing labels', 'Multi-Label Classification'),
+    'digits_paper': ('digits, long tail and missing labels', 'Multi-Label Classification'),
     'digits': ('digits', 'Multi-Label Classification')}
 DETECTORS = ('fcos', 'atss')
 DEMO = {'cross-entropy': 'bce', 'focal loss': 'focal', 'ASL': 'asl'}  # rows of benchmarks/demo/results.md
 SEEDS = {'fixed 4': 'resnet_asl_digits_hard', 'adaptive, target 0.1 (default)': 'resnet_adaptive_digits_hard'}
 
 
+def config_files() -> list[Path]:
+    """All configs, without the parts in configs/_base_/."""
+    return sorted(path for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts)
+
+
 def describe(name: str) -> dict[str, str]:
-    """Loss, data and task of a config, which its name tells.
+    """Loss, data and task that a config's name states.
 
     Raises:
-        ValueError: It does not.
+        ValueError: The name has no known loss or data.
     """
-    parts = name.split('_')
-    loss = next((part for part in parts if part in LOSSES), None)
+    loss = next((part for part in name.split('_') if part in LOSSES), None)
     data = next((key for key in DATA if re.search(rf'_{key}(-[\w-]+?)?(_|$)', name)), None)
     if loss is None or data is None:
-        raise ValueError(f'configs/{name}.py: its name must have a loss of {", ".join(LOSSES)}, and data '
-                         f'of {", ".join(DATA)}: or extend LOSSES and DATA of benchmarks/model_index.py')
+        raise ValueError(f'{name}.py: the name has no loss of {", ".join(LOSSES)} or no data of {", ".join(DATA)}. '
+                         'Rename the config, or extend LOSSES or DATA in benchmarks/model_index.py')
     dataset, task = DATA[data]
-    if parts[0] in DETECTORS:
-        dataset, task = dataset.replace('MS-COCO 2014', 'COCO 2017'), 'Object Detection'
     return dict(loss=LOSSES[loss], data=dataset, task=task)
 
 
-def published(path: Path) -> dict[str, float]:
-    """What the config states for the checkpoint that was released for it."""
+def is_detector(path: Path) -> bool:
+    return path.stem.split('_')[0] in DETECTORS
+
+
+def released(path: Path) -> dict[str, object]:
+    """What the config states of the checkpoint that the official repository released for it."""
     for statement in ast.parse(path.read_text()).body:
         if isinstance(statement, ast.Assign) and getattr(statement.targets[0], 'id', '') == 'released':
             call = statement.value
             if isinstance(call, ast.Call):
-                return {f'{word.arg} (published)': ast.literal_eval(word.value) for word in call.keywords
-                        if word.arg != 'checkpoint'}
+                return {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
     return {}
 
 
-def measured() -> dict[str, dict[str, float]]:
-    """What this repository's result files have, in percent, by config."""
-    found = {}
-    rows = [[cell.strip() for cell in line.strip('|').split('|')]
-            for line in (ROOT / 'benchmarks/demo/results.md').read_text().splitlines() if line.startswith('|')]
-    for cells in rows[2:]:
-        row = dict(zip(rows[0], cells))
-        found[f'resnet_{DEMO[row["loss"]]}_digits'] = {key: float(row[key]) for key in ('mAP', 'CF1', 'OF1')}
-        if row['FCOS AP']:
-            found[f'fcos_{DEMO[row["loss"]]}_digits'] = {'box AP': float(row['FCOS AP'])}
-    with open(ROOT / 'benchmarks/adaptive/seeds.csv', newline='') as file:
-        seeds = list(csv.DictReader(file))
-    for method, name in SEEDS.items():
-        found[name] = {key: round(float(np.mean([float(row[key]) for row in seeds if row['method'] == method])), 1)
-                       for key in ('mAP', 'CF1')}
+def printed() -> dict[str, str]:
+    """The paper's number for each config that has one without further options, and the place of the number."""
+    found: dict[str, str] = {}
+    for item in items('real'):
+        for row in rows(item, 'real') if item.startswith('Table') or item == 'Fig. 8' else ():
+            if len(row.trainings) != 1 or row.trainings[0] != Training(row.trainings[0].config):
+                continue
+            for entry in row.entries:
+                # In Fig. 8, EfficientNet-B1 stands in for OFA-595; its numbers cannot be compared.
+                if entry.unit == '%' and entry.value is not None and entry.column != 'OFA-595':
+                    figure = 'macro F1' if COLUMNS.get(entry.column) == 'f1-score' else 'mAP'
+                    found.setdefault(row.trainings[0].config, f'{entry.value:.1f} {figure} ({item})')
     return found
 
 
-def models() -> Iterator[dict[str, object]]:
-    """What metafile.yml says of every config.
+def measured() -> dict[str, dict[str, list[float]]]:
+    """Our scores in percent by config and metric, one for each seed.
 
     Raises:
-        ValueError: There are results of a config that does not exist.
+        ValueError: There are scores of a config that does not exist.
     """
-    results = measured()
-    for path in sorted((ROOT / 'configs').glob('*.py')):
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    lines = [[cell.strip() for cell in line.strip('|').split('|')]
+             for line in (ROOT / 'benchmarks/demo/results.md').read_text().splitlines() if line.startswith('|')]
+    for cells in lines[2:]:
+        row = dict(zip(lines[0], cells))
+        for key in ('mAP', 'CF1', 'OF1'):
+            found[f'resnet_{DEMO[row["loss"]]}_digits'][key].append(float(row[key]))
+    for row in read_rows(ROOT / 'benchmarks/adaptive/seeds.csv'):
+        for key in ('mAP', 'CF1') if row['method'] in SEEDS else ():
+            found[SEEDS[row['method']]][key].append(float(row[key]))
+    for data in ('real', 'digits'):
+        for row in read_rows(ROOT / f'benchmarks/paper/{data}.csv'):
+            for key, name in {'mAP': 'mAP', 'CF1': 'CF1', 'bbox_mAP': 'box AP'}.items():
+                if not row['options'] and row.get(key):
+                    found[row['config']][name].append(float(row[key]))
+    if lost := set(found) - {path.stem for path in config_files()}:
+        raise ValueError(f'configs/ has no {", ".join(sorted(lost))}, of which there are scores: rename or delete them')
+    return found
+
+
+def metafile() -> str:
+    """Content of metafile.yml."""
+    scores = measured()
+    models: list[dict[str, object]] = []
+    for path in config_files():
+        if is_detector(path):
+            continue
         facts = describe(path.stem)
-        model: dict[str, object] = {'Name': path.stem, 'In Collection': 'ASL', 'Config': f'configs/{path.name}',
-                 'Metadata': {'Training Data': facts['data'], 'Loss': facts['loss']}}
-        metrics = results.pop(path.stem, {}) | published(path)
+        model: dict[str, object] = {
+            'Name': path.stem, 'In Collection': 'ASL', 'Config': path.relative_to(ROOT).as_posix(),
+            'Metadata': {'Training Data': facts['data'], 'Loss': facts['loss']}}
+        metrics = {name: round(float(interval(values)[0]), 1) for name, values in scores.get(path.stem, {}).items()}
+        metrics |= {f'{name} (published)': value for name, value in released(path).items() if name != 'checkpoint'}
         if metrics:
             model['Results'] = [{'Task': facts['task'], 'Dataset': facts['data'], 'Metrics': metrics}]
-        yield model
-    if results:
-        raise ValueError(f'there are results of {", ".join(results)}, and no such config')
-
-
-def render() -> str:
+        models.append(model)
     collection = {
-        'Name': 'ASL', 'README': 'README.md',
+        'Name': 'ASL', 'README': 'configs/README.md',
         'Paper': {'Title': 'Asymmetric Loss For Multi-Label Classification', 'URL': 'https://arxiv.org/abs/2009.14119'}}
-    return '# Made by benchmarks/model_index.py.\n' + dump(
-        {'Collections': [collection], 'Models': list(models())}, file_format='yaml', sort_keys=False, width=120)
+    return '# Written by benchmarks/model_index.py.\n' + dump(
+        {'Collections': [collection], 'Models': models}, file_format='yaml', sort_keys=False, width=120)
+
+
+def table(folder: str) -> str:
+    """Table of the configs in a folder: the paper's numbers, those of released checkpoints, ours, and the commands."""
+    numbers, scores = printed(), measured()
+
+    def cells(path: Path) -> Iterator[str]:
+        name, file = path.stem, released(path)
+        yield f'[{name}]({path.name})'
+        yield numbers.get(name, '')
+        yield f'[{file["mAP"]} mAP]({file["checkpoint"]})' if file else ''
+        yield ', '.join(f'{_mean(values)} {metric}' for metric, values in scores.get(name, {}).items())
+        yield f'`python tools/train.py {path.relative_to(ROOT)}`'
+
+    found = list(map(list, map(cells, sorted((ROOT / folder).glob('*.py')))))
+    heads = ('config', "paper's number", 'released checkpoint', 'ours', 'command')
+    kept = [number for number in range(len(heads)) if any(row[number] for row in found)]
+    return markdown_table([[row[number] for number in kept] for row in found], [heads[number] for number in kept])
+
+
+def _mean(values: list[float]) -> str:
+    mean, half = interval(values)
+    return f'{mean:.1f}' + (f' ± {half:.1f}' if len(values) > 1 else '')
+
+
+def files() -> dict[Path, str]:
+    """Path and current content of everything that this script writes."""
+    readmes = sorted({path.with_name('README.md') for path in config_files()})
+    return {ROOT / 'metafile.yml': metafile()} | {
+        path: fill_blocks(path.read_text(), dict(configs=table)) for path in readmes}
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    (ROOT / 'metafile.yml').write_text(render())
+    for path, content in files().items():
+        path.write_text(content)
 
 
 if __name__ == '__main__':
