@@ -1,30 +1,37 @@
-"""What a setting of the loss does to labels as their probability goes from 0 to 1: Sec. 2.5 of arXiv 2009.14119.
+"""The gradient of negatives over their probability: regimes, stationary point p* and jump (Sec. 2.5, arXiv 2009.14119).
 
-Loss and gradient are the operator's own, in float64; no formula is written a second time. Searches run over logits,
-since p itself cannot tell what happens near 1.
+The curves are computed by the loss itself, in float64. The properties follow from the closed forms that docs/analysis.md
+derives; p* with focusing is the root of one equation.
 """
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
+from mmasl.errors import ConfigError
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
 from mmasl.ops import asymmetric_loss
 
-# Logits of the searches; at the last one, 1 - p is 1e-304 and every limit for p -> 1 is reached.
-LOW, HIGH, END = -40., 40., 700.
+LARGEST_LOGIT = 36.  # from about 37 on, p rounds to 1 in float64
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of the loss; see :class:`mmasl.AsymmetricLoss` for the arguments, all of them plain numbers here.
+    """One setting of :class:`mmasl.AsymmetricLoss`, the same for all classes.
+
+    Args:
+        gamma_pos: Focusing parameter of positives, >= 0.
+        gamma_neg: Focusing parameter of negatives, >= 0.
+        clip: Probability margin, in [0, 1).
+        alpha: Weight of positives, in [0, 1]; negatives have 1 - alpha. None weights neither.
+        detach_focusing: Whether the focusing weight is constant in the gradient.
 
     Raises:
-        ValueError: A parameter is out of its range, or is given per class.
+        ConfigError: A parameter is out of its range, or is given per class.
     """
     gamma_pos: float = 0.
     gamma_neg: float = 4.
@@ -35,30 +42,31 @@ class Setting:
     def __post_init__(self) -> None:
         for name in ('gamma_pos', 'gamma_neg', 'clip'):
             if not isinstance(value := getattr(self, name), (int, float)):
-                raise ValueError(f"{name}={value} is given per class: analyse one class's number at a time")
+                raise ConfigError(f'{name}={value} has one value per class: analyse one value at a time')
         AsymmetricLoss(**asdict(self))
+
+    def __str__(self) -> str:
+        return f'({self.gamma_pos:g}, {self.gamma_neg:g}, {self.clip:g})'
 
     @property
     def name(self) -> str:
-        """The paper's name: CE (cross-entropy), focal, AF (asymmetric focusing), +PS (probability shifting), ASL."""
+        """Name in the paper: CE (cross-entropy), focal, AF (asymmetric focusing), +PS (probability shifting), ASL."""
         if self.gamma_pos != self.gamma_neg:
             return 'ASL' if self.clip else 'AF'
         return ('focal' if self.gamma_neg else 'CE') + ('+PS' if self.clip else '')
 
 
 @dataclass(frozen=True)
-class Properties:
-    """How the gradient of a negative, f(p) = d(-L-)/dz, runs over p; the rows of Table 1 follow from it.
+class GradientProperties:
+    """Properties of f(p) = dL/dz of a negative, as in Table 1 of the paper.
 
     Args:
-        threshold: f is exactly 0 for every p below this; 0 where there is no such interval. A margin so small, or a
-            gamma so large, that p^(gamma + 1) is below e^-600 at the margin is not told from underflow.
-        order: Exponent with which f / p, the gradient over cross-entropy's, vanishes as p falls to ``threshold``.
-        p_star: f falls from here up to p = 1: the stationary point of the paper, or the jump itself where f falls
-            right behind it. None if f rises up to p = 1.
-        peak: Largest value of f.
+        threshold: f is 0 for every p below this value.
+        order: Exponent with which f / p, the gradient relative to cross-entropy, vanishes at ``threshold``.
+        p_star: f decreases from here up to p = 1; None if f increases up to p = 1.
+        peak: Largest value of f, or its supremum.
         remaining: Limit of f / peak for p -> 1.
-        jump: Largest discontinuity of f, relative to ``peak``; 0 if there is none.
+        jump: Discontinuity of f at ``threshold``, relative to ``peak``.
     """
     threshold: float
     order: float
@@ -69,27 +77,27 @@ class Properties:
 
     @property
     def hard_threshold(self) -> bool:
-        """Whether the easiest negatives have no gradient at all."""
+        """Whether the easiest negatives have no gradient."""
         return self.threshold > 0
 
     @property
     def soft_threshold(self) -> bool:
-        """Whether easy negatives are attenuated non-linearly: relative to cross-entropy their gradient tends to 0."""
-        return self.order > 1e-4
+        """Whether the gradient of easy negatives, relative to cross-entropy, tends to 0."""
+        return self.order > 0
 
     @property
     def discards_mislabelled(self) -> bool:
-        """Whether the hardest negatives are discarded: the gradient tends to 0 for p -> 1."""
-        return self.remaining < 1e-6
+        """Whether the gradient tends to 0 for p -> 1."""
+        return self.remaining == 0
 
     @property
     def continuous(self) -> bool:
-        """Whether the gradient is free of jumps."""
+        """Whether the gradient has no jump."""
         return self.jump == 0
 
     @property
     def regimes(self) -> dict[str, tuple[float, float]]:
-        """The three regimes of Sec. 2.5 as intervals of p, without those that are empty."""
+        """The three regimes of Sec. 2.5 as intervals of p, without empty ones."""
         last = 1. if self.p_star is None else self.p_star
         intervals = {'hard threshold': (0., self.threshold), 'soft threshold': (self.threshold, last),
                      'mislabelled': (last, 1.)}
@@ -97,119 +105,66 @@ class Properties:
 
 
 def loss_and_gradient(p: Tensor, setting: Setting, positive: bool = False) -> tuple[Tensor, Tensor]:
-    """Loss and its derivative by the logit, of negatives or positives, as functions of the probability.
+    """Compute the loss of one label, and its derivative by the logit, as functions of the probability.
 
     Args:
-        p: Probabilities between 0 and 1, both excluded, of any shape.
+        p: Probabilities in (0, 1), of any shape.
         setting: Parameters of the loss.
-        positive: -L+ of Eq. 7 instead of -L-.
+        positive: Whether the label is positive (-L+ of Eq. 7) or negative (-L-).
 
     Returns:
         Loss and dL/dz, float64, of the shape of ``p``.
+
+    Raises:
+        ValueError: A probability is outside (0, 1).
     """
     p = p.double()
     if not ((p > 0) & (p < 1)).all():
-        raise ValueError(f'p must lie between 0 and 1, both excluded; got {p.min().item():g} to {p.max().item():g}')
-    return _at(p.logit(), setting, positive)
+        raise ValueError(f'p must be in (0, 1), got {p.min().item():g} to {p.max().item():g}')
+    with torch.enable_grad():
+        logits = p.logit().detach().requires_grad_()
+        loss: Any = asymmetric_loss(logits, torch.full_like(logits, float(positive)), **asdict(setting))
+        return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
 
 
 @functools.cache
-def analyse(setting: Setting) -> Properties:
-    """Measure the gradient of negatives.
+def analyse_gradient(setting: Setting) -> GradientProperties:
+    """Find the properties of the gradient of negatives.
 
     Raises:
-        ValueError: The gradient is 0 everywhere.
+        ConfigError: The gradient is 0 everywhere.
     """
-    def gradient(z: Tensor | float) -> Tensor:
-        return _at(torch.as_tensor(z, dtype=torch.float64), setting)[1]
-
-    # Further to the left p^(gamma + 1) would be 0 for float64, which is no hard threshold.
-    low = max(LOW, -600 / (setting.gamma_neg + 1))
-    z = torch.linspace(low, HIGH, 8001, dtype=torch.float64)
-    values = gradient(z)
-    if not values.any():
-        raise ValueError(f'{setting}: no negative has a gradient; lower gamma_neg, clip or alpha')
-    first = int(values.nonzero()[0])
-    edge = _bisect(lambda x: gradient(x) > 0, z[first - 1].item(), z[first].item()) if first else low
-    threshold = _sigmoid(edge) if first else 0.
-
-    z_star = _last_peak(gradient, edge, 1e-14 * (1 + setting.gamma_neg) * values.max().item())
-    end = gradient(END).item()
-    peak = max(values.max().item(), end, 0. if z_star is None else gradient(z_star).item())
-
-    near = max(1e-5, _sigmoid(low))
-    p = threshold + (1 - threshold) * torch.tensor([near, 2 * near], dtype=torch.float64)
-    relative = gradient(p.logit()) / p
-    return Properties(
-        threshold=threshold,
-        order=(relative[1] / relative[0]).log2().item(),
-        p_star=None if z_star is None else _sigmoid(z_star),
-        peak=peak,
-        remaining=end / peak,
-        jump=_largest_jump(gradient, z) / peak)
+    weight = 1. if setting.alpha is None else 1 - setting.alpha
+    margin = setting.clip
+    jump = weight * margin * (1 - margin) if setting.gamma_neg == 0 else 0.
+    end = weight if margin == 0 else 0.
+    p_star = _p_star(setting)
+    at_p_star = torch.tensor(0.5 if p_star is None else p_star, dtype=torch.float64)
+    peak = max(jump, end, 0. if p_star is None else loss_and_gradient(at_p_star, setting)[1].item())
+    if peak == 0:
+        raise ConfigError(f'{setting} has no gradient at any negative: lower gamma_neg, clip or alpha')
+    return GradientProperties(threshold=margin, order=setting.gamma_neg, p_star=p_star, peak=peak,
+                              remaining=end / peak, jump=jump / peak)
 
 
-def _last_peak(gradient: Callable[[Tensor | float], Tensor], edge: float, rounding: float) -> float | None:
-    """Logit from which the gradient falls for good, or None if it does not.
+def _p_star(setting: Setting) -> float | None:
+    """Probability from which the gradient decreases; None if there is none below 1 in float64."""
+    gamma, m = setting.gamma_neg, setting.clip
+    if gamma == 0:
+        return max(m, 1 + m - math.sqrt(m * (1 + m))) if m else None
 
-    It begins at ``edge``; ``rounding`` bounds its error, which a power of p grows with.
-    """
-    def slope(z: Tensor) -> Tensor:
-        """Derivative by z, to the order h^4, in units of its rounding error."""
-        h = ((z - edge) / 4).clamp(max=1e-3)
-        difference = 8 * (gradient(z + h) - gradient(z - h)) - (gradient(z + 2 * h) - gradient(z - 2 * h))
-        return difference / rounding
+    def slope(z: float) -> float:
+        """(p - m) d log f / dp, arranged so that nothing cancels for p -> 1."""
+        p, q = 1 / (1 + math.exp(-z)), 1 / (1 + math.exp(z))
+        w, r = p - m, q + m
+        if w <= 0:
+            return gamma
+        value = gamma + w / p - w * m / (r * q)
+        if not setting.detach_focusing:
+            value += gamma * (w + math.log(r)) / (w - gamma * r * math.log(r))
+        return value
 
-    # Dense behind the edge, where a gradient that starts with a jump or a power below 1 may turn at once.
-    z = edge + torch.cat([torch.logspace(-9, -2, 500, dtype=torch.float64),
-                          torch.linspace(0.01, HIGH - edge, 8000, dtype=torch.float64)])
-    slopes = slope(z)
-    rising = (slopes > 1).nonzero()
-    last = int(rising[-1]) if len(rising) else -1
-    falling = (slopes[last + 1:] < -1).nonzero()
-    if not len(falling):
+    low = math.log(m) - math.log1p(-m) if m else -LARGEST_LOGIT
+    if slope(LARGEST_LOGIT) > 0:
         return None
-    if last < 0:
-        return edge
-    return _bisect(lambda x: slope(torch.tensor(x, dtype=torch.float64)) < 0, z[last].item(),
-                   z[last + 1 + int(falling[0])].item())
-
-
-def _largest_jump(gradient: Callable[[Tensor], Tensor], z: Tensor) -> float:
-    """Height of the largest jump between the first and the last of ``z``, or 0.
-
-    Each cell of the grid is halved over and over toward its larger step: a continuous function's step shrinks with it,
-    a jump stays.
-    """
-    low, high = z[:-1], z[1:]
-    at_low, at_high = gradient(low), gradient(high)
-    steps = []
-    for _ in range(2):
-        for _ in range(12):
-            middle = (low + high) / 2
-            value = gradient(middle)
-            left = (value - at_low).abs() >= (at_high - value).abs()
-            low, high = torch.where(left, low, middle), torch.where(left, middle, high)
-            at_low, at_high = torch.where(left, at_low, value), torch.where(left, value, at_high)
-        steps.append((at_high - at_low).abs())
-    # Below 1e-9 of the gradient a step may be its rounding.
-    stays = (steps[1] > 0.999 * steps[0]) & (steps[1] > 1e-9 * gradient(z).max())
-    return torch.where(stays, steps[1], 0.).max().item()
-
-
-def _bisect(beyond: Callable[[float], bool | Tensor], low: float, high: float) -> float:
-    """Smallest number between ``low`` and ``high`` that is ``beyond``, as ``high`` is and ``low`` is not."""
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (low, middle) if beyond(middle) else (middle, high)
-    return high
-
-
-@torch.enable_grad()
-def _at(logits: Tensor, setting: Setting, positive: bool = False) -> tuple[Tensor, Tensor]:
-    logits = logits.detach().requires_grad_()
-    loss: Any = asymmetric_loss(logits, torch.full_like(logits, float(positive)), **asdict(setting))
-    return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
-
-
-def _sigmoid(z: float) -> float:
-    return 1 / (1 + math.exp(-z))
+    return 1 / (1 + math.exp(-brentq(slope, low, LARGEST_LOGIT)))

@@ -1,0 +1,1 @@
+"""Inference, prediction of data sets and export."""

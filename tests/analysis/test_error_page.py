@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mmasl.analysis import error_page
-from mmasl.analysis.error_page import BINS, Results, analyse_errors, candidates, render, thumbnail
-from mmasl.analysis.gradient import Setting, analyse
-from mmasl.evaluation.metrics import average_precision
+from mmasl.analysis.error_analysis import BINS, MATRIX_CLASSES, Predictions, analyse_errors, list_suspects
+from mmasl.analysis.error_page import render_error_page, thumbnail
+from mmasl.analysis.gradient import Setting, analyse_gradient
+from mmasl.evaluation.functional import average_precision
 from mmasl.ops import posterior, reference
 
 ASL = dict(gamma_neg=torch.tensor(4.), clip=torch.tensor(0.05), detach_focusing=False, gamma_pos=torch.tensor(0.),
@@ -23,17 +23,17 @@ ASL = dict(gamma_neg=torch.tensor(4.), clip=torch.tensor(0.05), detach_focusing=
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 
 
-def results(count: int = 60, number: int = 5, settings: dict | None = ASL, **kwargs) -> Results:
+def predict(count: int = 60, number: int = 5, settings: dict | None = ASL, **kwargs) -> Predictions:
     """Random logits of ``count`` images, that labels agree with by and large, some of them ignored."""
     rng = np.random.default_rng(0)
     logits = rng.normal(-1, 3, (count, number)).astype(np.float32)
     labels = (logits + rng.normal(0, 2.5, logits.shape) > 0.5).astype(np.int8)
     labels[rng.random(labels.shape) < 0.1] = -1
     kwargs = dict(images=[''] * count, classes=[f'class {c}' for c in range(number)]) | kwargs
-    return Results(logits, labels, settings=settings, **kwargs)
+    return Predictions(logits, labels, settings=settings, **kwargs)
 
 
-def decided(found: Results) -> np.ndarray:
+def decided(found: Predictions) -> np.ndarray:
     logits = torch.from_numpy(found.logits)
     return (logits.sigmoid() if found.settings is None else posterior(logits, **found.settings)).numpy() > 0.5
 
@@ -42,7 +42,7 @@ def decided(found: Results) -> np.ndarray:
 
 @pytest.mark.parametrize('settings', [None, ASL], ids=['bce', 'asl'])
 def test_counts_of_classes(settings):
-    data = results(settings=settings)
+    data = predict(settings=settings)
     errors, predicted = analyse_errors(data), decided(data)
     for c in range(5):
         known = [(bool(predicted[n, c]), int(data.labels[n, c])) for n in range(60) if data.labels[n, c] >= 0]
@@ -57,7 +57,7 @@ def test_counts_of_classes(settings):
 
 
 def test_histograms_count_what_lies_above_a_threshold():
-    data = results(200)
+    data = predict(200)
     data.logits[:3] = [[40.], [-120.], [0.]]  # p of 1, 0 and 1/2
     histograms = analyse_errors(data).histograms
     p = torch.from_numpy(data.logits).sigmoid().double().numpy()
@@ -69,7 +69,7 @@ def test_histograms_count_what_lies_above_a_threshold():
 
 
 def test_gaps():
-    data = results(settings=None)
+    data = predict(settings=None)
     p = 1 / (1 + np.exp(-data.logits))
     gaps = [p[data.labels[:, c] == 1, c].mean() - (1 - p[data.labels[:, c] == 0, c]).mean() for c in range(5)]
     gaps.append(p[data.labels == 1].mean() - (1 - p[data.labels == 0]).mean())
@@ -77,7 +77,7 @@ def test_gaps():
 
 
 def test_pairs():
-    data = results(600, 4)
+    data = predict(600, 4)
     errors, predicted = analyse_errors(data), decided(data)
     missed, wrong = ~predicted & (data.labels == 1), predicted & (data.labels == 0)
     mistakes = (missed | wrong).sum(0)
@@ -99,7 +99,7 @@ def test_pairs():
 
 # --- mistakes
 
-def by_hand(data: Results, label: int) -> list[tuple[int, int]]:
+def by_hand(data: Predictions, label: int) -> list[tuple[int, int]]:
     predicted, sign = decided(data), 1 if label else -1
     found = [(sign * data.logits[n, c], n, c) for n in range(60) for c in range(5)
              if data.labels[n, c] == label and predicted[n, c] != label]
@@ -107,30 +107,30 @@ def by_hand(data: Results, label: int) -> list[tuple[int, int]]:
 
 
 def test_the_most_confident_mistakes_come_first():
-    data = results(settings=None)
+    data = predict(settings=None)
     errors = analyse_errors(data, top=7)
     for label, mistakes in ((0, errors.false_positives), (1, errors.false_negatives)):
         assert [(m.row, m.column) for m in mistakes] == by_hand(data, label)[:7]
         for m in mistakes:
             assert m.label == label == data.labels[m.row, m.column] and m.posterior is None and m.gradient is None
-            assert m.p == pytest.approx(1 / (1 + np.exp(-data.logits[m.row, m.column]))) and not m.beyond
+            assert m.p == pytest.approx(1 / (1 + np.exp(-data.logits[m.row, m.column]))) and not m.beyond_p_star
 
 
 def test_all_false_positives_beyond_p_star_are_kept():
-    data = results()
-    errors, p_star = analyse_errors(data, top=1), analyse(Setting()).p_star
+    data = predict()
+    errors, p_star = analyse_errors(data, top=1), analyse_gradient(Setting()).p_star
     assert errors.p_star == pytest.approx(p_star) and p_star == pytest.approx(0.9, abs=0.01)
     expected = by_hand(data, 0)
     beyond = [1 / (1 + np.exp(-data.logits[n, c])) > p_star for n, c in expected]
     assert [(m.row, m.column) for m in errors.false_positives] == [x for x, far in zip(expected, beyond) if far]
-    assert sum(beyond) > 3 and all(m.beyond for m in errors.false_positives)
-    assert len(errors.false_negatives) == 1 and not errors.false_negatives[0].beyond
+    assert sum(beyond) > 3 and all(m.beyond_p_star for m in errors.false_positives)
+    assert len(errors.false_negatives) == 1 and not errors.false_negatives[0].beyond_p_star
 
 
 @pytest.mark.parametrize('gamma_neg', [4., [0.5, 1., 2., 3., 4.]], ids=['one', 'classes'])
 def test_gradient_of_a_mistake(gamma_neg):
     """Its share of the peak, from autograd of the paper's equations."""
-    data = results(settings=dict(ASL, gamma_neg=torch.tensor(gamma_neg)))
+    data = predict(settings=dict(ASL, gamma_neg=torch.tensor(gamma_neg)))
     errors = analyse_errors(data)
     grid = torch.linspace(-10, 20, 30001, dtype=torch.float64)
     for m in errors.false_positives[::5]:
@@ -138,46 +138,46 @@ def test_gradient_of_a_mistake(gamma_neg):
         z = torch.cat([grid, torch.tensor([data.logits[m.row, m.column]]).double()]).requires_grad_()
         reference.asymmetric_loss(z, torch.zeros_like(z), 0., gamma, 0.05).sum().backward()
         assert m.gradient == pytest.approx((z.grad[-1] / z.grad.max()).item(), rel=1e-4)
-        assert m.beyond == (m.p > grid[z.grad[:-1].argmax()].sigmoid().item())
+        assert m.beyond_p_star == (m.p > grid[z.grad[:-1].argmax()].sigmoid().item())
     if gamma_neg != 4.:
         assert np.unique(errors.p_star).size == 5 and np.unique(errors.half).size == 5
 
 
 def test_a_setting_without_margin_discards_nothing():
     """The gradient of focal loss does not vanish for p -> 1, though it falls behind its peak."""
-    errors = analyse_errors(results(settings=dict(ASL, clip=torch.tensor(0.))))
-    assert np.isnan(errors.p_star).all() and not any(m.beyond for m in errors.false_positives)
+    errors = analyse_errors(predict(settings=dict(ASL, clip=torch.tensor(0.))))
+    assert np.isnan(errors.p_star).all() and not any(m.beyond_p_star for m in errors.false_positives)
     assert all(m.gradient > 0.5 for m in errors.false_positives if m.p > 0.9)
 
 
 def test_certain_mistakes():
-    data = results()
+    data = predict()
     data.logits[0], data.labels[0] = 200., 0  # p is 1 in float64 too
     worst = analyse_errors(data).false_positives[0]
-    assert worst.p == 1 and worst.beyond and worst.gradient < 1e-100
+    assert worst.p == 1 and worst.beyond_p_star and worst.gradient < 1e-100
     assert worst.posterior == pytest.approx(0.964, abs=1e-3)
 
 
 def test_a_perfect_model_has_no_mistakes():
     labels = np.eye(3, dtype=np.int8)
-    data = Results((20. * labels - 10).astype(np.float32), labels, [''] * 3, list('abc'), ASL)
+    data = Predictions((20. * labels - 10).astype(np.float32), labels, [''] * 3, list('abc'), ASL)
     errors = analyse_errors(data)
     assert not errors.false_positives and not errors.false_negatives and not errors.pairs
-    assert not candidates(errors, data)
-    assert errors.confused.shape == (0, 0) and '<p>None.</p>' in render(errors, data, {})
+    assert not list_suspects(errors, data)
+    assert errors.confused.shape == (0, 0) and '<p>None.</p>' in render_error_page(errors, data, {})
 
 
 def test_no_positive_label_at_all():
-    data = results()
+    data = predict()
     data.labels[:] = 0
     with pytest.raises(ValueError, match='no class has a positive label'):
         analyse_errors(data)
 
 
-def test_candidates():
-    data = results(images=[f'{n}.png' for n in range(60)])
+def test_suspects():
+    data = predict(images=[f'{n}.png' for n in range(60)])
     errors = analyse_errors(data, top=3)
-    rows = candidates(errors, data)
+    rows = list_suspects(errors, data)
     assert len(rows) == len(errors.false_positives) + 3
     first, last = rows[0], rows[-1]
     worst = errors.false_positives[0]
@@ -254,8 +254,8 @@ HOSTILE = ['</script><script>alert(1)</script>', '<img src=x onerror=alert(1)>',
 def hostile(tmp_path):
     """Results whose names try to break out of the page, and a picture."""
     Image.new('RGB', (64, 48), 'green').save(tmp_path / 'a".png')
-    data = results(images=[str(tmp_path / 'a".png'), '', '<script>.png'] * 20, classes=HOSTILE)
-    return data, render(analyse_errors(data), data, {'config': '<i>c.py', 'checkpoint': '&w.pth'})
+    data = predict(images=[str(tmp_path / 'a".png'), '', '<script>.png'] * 20, classes=HOSTILE)
+    return data, render_error_page(analyse_errors(data), data, {'config': '<i>c.py', 'checkpoint': '&w.pth'})
 
 
 def test_structure(hostile):
@@ -275,8 +275,8 @@ def test_structure(hostile):
     assert all(x['tabindex'] == '0' and x['aria-label'] for x in page.all('div') if 'scroll' in x.get('class', ''))
     assert set(HOSTILE) <= set(page.said('a')) and set(HOSTILE) <= set(page.said('option'))
     assert page.said('title') == ['Errors of <i>c.py']
-    unread = [text for text in page.said('p') if 'could not be read' in text]
-    assert len(unread) == 1 and '1 images could not be read, first <script>.png' in unread[0]
+    unread = [text for text in page.said('p') if 'cannot be read' in text]
+    assert len(unread) == 1 and '1 images cannot be read; the first is <script>.png.' in unread[0]
     errors = analyse_errors(data)
     drawn = [m.row for m in (*errors.false_positives, *errors.false_negatives)]
     assert len(page.all('img')) == sum(row % 3 == 0 for row in drawn) > 2
@@ -295,8 +295,8 @@ def test_charts_have_the_counts(hostile):
 
 def test_words_of_the_rule():
     def said(settings):
-        data = results(settings=settings)
-        return render(analyse_errors(data), data, {})
+        data = predict(settings=settings)
+        return render_error_page(analyse_errors(data), data, {})
 
     assert 'no posterior in closed form' in said(None)
     assert 'at p &gt; 0.684. Beyond p* = 0.900 the gradient' in said(ASL)
@@ -308,17 +308,17 @@ def test_size_of_coco(tmp_path):
     """80 classes, 40,000 images, and thumbnails that do not compress."""
     pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / 'noise.png')
-    data = results(40000, 80, images=[str(tmp_path / 'noise.png')] * 40000)
-    page = render(analyse_errors(data), data, {})
+    data = predict(40000, 80, images=[str(tmp_path / 'noise.png')] * 40000)
+    page = render_error_page(analyse_errors(data), data, {})
     assert len(page) < 10e6 and len(Page(page).all('img')) == 120
 
 
 def test_many_classes_are_cut():
     classes = 9605
-    data = results(20, classes)
+    data = predict(20, classes)
     data.labels[:, 100] = 0
     errors = analyse_errors(data)
-    text = render(errors, data, {})
+    text = render_error_page(errors, data, {})
     assert len(text) < 2e6
     page = Page(text)
     shown = [int(name.split()[1]) for name in page.said('a') if name.startswith('class ')]
@@ -326,7 +326,7 @@ def test_many_classes_are_cut():
     ap = errors.ap[shown]
     assert (ap == np.sort(ap)).all() and ap[:200].max() <= np.sort(errors.ap)[199]
     frequent = np.sort(errors.counts[2])[-200]
-    assert (errors.counts[2, shown] >= frequent).sum() >= 200 and len(errors.worst) == error_page.MATRIX
+    assert (errors.counts[2, shown] >= frequent).sum() >= 200 and len(errors.worst) == MATRIX_CLASSES
 
 
 # --- in a browser
@@ -383,10 +383,10 @@ def test_browser(hostile, tmp_path):
 
 
 def test_browser_without_positives_or_predictions(tmp_path):
-    data = results(settings=None)
+    data = predict(settings=None)
     data.labels[:, 0] = 0
     data.logits[:, 1] = -9
-    page = browse(render(analyse_errors(data), data, {}), tmp_path, """
+    page = browse(render_error_page(analyse_errors(data), data, {}), tmp_path, """
       $('class').value = [...$('class').options].find(option => option.text === 'class 0').value;
       $('class').dispatchEvent(new Event('change'));
       document.querySelectorAll('#classes th button')[2].click();

@@ -9,5 +9,5 @@ def test_tables():
     assert markdown_table(rows, ['name', 'v'], aligned=True) == (
         '| name |    v |\n|------|------|\n| a    |  1.5 |\n| bb   | x\\|y |')
     assert markdown_table([], ['name']) == '| name |\n|---|'
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match='shorter'):
         markdown_table([['a']], ['name', 'v'])

@@ -1,4 +1,4 @@
-"""The measured properties against Eq. 8 written out in mpmath, closed forms, and Table 1 as printed."""
+"""The properties of the gradient against Eq. 8 written out in mpmath, the loss itself, and Table 1 as printed."""
 import math
 
 import mpmath
@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from mmasl import AsymmetricLoss
-from mmasl.analysis.gradient import Setting, analyse, loss_and_gradient
+from mmasl.analysis.gradient import Setting, analyse_gradient, loss_and_gradient
 
 forms = pytest.mark.parametrize('detach', [False, True], ids=['eq8', 'constant'])
 P = torch.tensor([1e-12, 0.01, 0.049, 0.051, 0.21, 0.5, 0.9, 0.999, 1 - 1e-12], dtype=torch.float64)
@@ -32,7 +32,7 @@ def stationary_point(gamma, m, detach, near):
 
 
 def marks(setting):
-    found = analyse(setting)
+    found = analyse_gradient(setting)
     return ''.join('-+'[sign] for sign in (found.hard_threshold, found.soft_threshold, found.discards_mislabelled,
                                            found.continuous))
 
@@ -72,7 +72,7 @@ def test_curves_need_no_gradient_mode_and_any_shape():
 
 @pytest.mark.parametrize('p', [0., 1., 1.5, math.nan])
 def test_probabilities_out_of_range(p):
-    with pytest.raises(ValueError, match='between 0 and 1'):
+    with pytest.raises(ValueError, match=r'must be in \(0, 1\)'):
         loss_and_gradient(torch.tensor([0.5, p]), Setting())
 
 
@@ -93,34 +93,42 @@ def test_table_1(gamma, clip, detach):
 
 @forms
 def test_cross_entropy(detach):
-    found = analyse(Setting(0, 0, 0, None, detach))
+    found = analyse_gradient(Setting(0, 0, 0, None, detach))
     assert marks(Setting(0, 0, 0, None, detach)) == '---+'
     assert found.p_star is None and found.regimes == {'soft threshold': (0, 1)}
     assert (found.peak, found.remaining, found.order) == pytest.approx((1, 1, 0), abs=1e-12)
 
 
 @forms
-@pytest.mark.parametrize('gamma, clip', [(0, 1e-4), (0, 0.2), (4, 0.05), (0.3, 0.99)])
-def test_threshold_is_the_margin(gamma, clip, detach):
-    assert analyse(Setting(0, gamma, clip, None, detach)).threshold == pytest.approx(clip, rel=1e-12)
+@pytest.mark.parametrize('gamma, clip', [(0, 0), (0, 0.2), (0, 0.9), (0.05, 0), (0.3, 0.05), (2, 0.2), (4, 0.05),
+                                         (20, 0)])
+def test_properties_against_the_loss(gamma, clip, detach):
+    """Threshold, order, jump, peak and both sides of p*, read off the gradient of the loss itself."""
+    setting = Setting(0, gamma, clip, 0.25, detach)
+    found = analyse_gradient(setting)
 
+    def gradient(*p):
+        return loss_and_gradient(torch.tensor(p, dtype=torch.float64), setting)[1]
 
-@forms
-@pytest.mark.parametrize('gamma, clip', [(0.05, 0), (0.3, 0.05), (2, 0.2), (4, 0.05), (20, 0)])
-def test_order_is_gamma(gamma, clip, detach):
-    assert analyse(Setting(0, gamma, clip, None, detach)).order == pytest.approx(gamma, abs=1e-4)
-
-
-@pytest.mark.parametrize('clip', [1e-6, 0.05, 0.2, 0.9])
-def test_jump_of_the_margin_alone(clip):
-    found = analyse(Setting(0, 0, clip))
-    assert found.jump * found.peak == pytest.approx(clip * (1 - clip), rel=1e-6)
+    near, far, above = gradient(clip + 1e-5, clip + 2e-5, clip + 1e-12)
+    if clip:
+        assert not gradient(clip / 2, clip - 1e-12).any() and found.threshold == clip
+        assert above.item() / found.peak == pytest.approx(found.jump, rel=1e-6, abs=1e-3)
+    relative = (far / (clip + 2e-5)) / (near / (clip + 1e-5))
+    assert relative.log2().item() == pytest.approx(found.order, abs=1e-3)
+    grid = gradient(*torch.linspace(-12, 30, 4001, dtype=torch.float64).sigmoid().tolist())
+    largest = max(grid.max(), above).item()
+    assert (1 - 1e-4) * found.peak < largest < (1 + 1e-9) * found.peak
+    assert grid[-1].item() / found.peak == pytest.approx(found.remaining, abs=0.02 if gamma == 0.05 else 1e-6)
+    turn = 4000 if found.p_star is None else int(grid.argmax())
+    rounding = 1e-12 * found.peak
+    assert (grid[:turn + 1].diff() > -rounding).all() and (grid[turn:].diff() < rounding).all()
 
 
 @pytest.mark.parametrize('gamma', [0.3, 2, 4, 20])
 def test_asymmetric_focusing_keeps_a_gradient_of_1(gamma):
     """What is left of the peak is 1 / peak: less than all under Eq. 8, and the peak itself with the weight constant."""
-    eq8, constant = (analyse(Setting(0, gamma, 0, None, detach)) for detach in (False, True))
+    eq8, constant = (analyse_gradient(Setting(0, gamma, 0, None, detach)) for detach in (False, True))
     assert eq8.peak > 1.001 and eq8.remaining == pytest.approx(1 / eq8.peak)
     assert constant.p_star is None and constant.remaining == pytest.approx(1)
     assert list(eq8.regimes) == ['soft threshold', 'mislabelled'] and list(constant.regimes) == ['soft threshold']
@@ -134,7 +142,7 @@ def test_asymmetric_focusing_keeps_a_gradient_of_1(gamma):
     (Setting(0, 2, 0.2, None, False), 0.839, 0.329),
     (Setting(0, 2, 0.2, None, True), 0.860, 0.154)])
 def test_p_star_of_the_papers_settings(setting, p_star, peak):
-    found = analyse(setting)
+    found = analyse_gradient(setting)
     assert (found.p_star, found.peak) == pytest.approx((p_star, peak), abs=5e-4)
     assert found.regimes == {'hard threshold': (0, found.threshold), 'soft threshold': (found.threshold, found.p_star),
                              'mislabelled': (found.p_star, 1)}
@@ -144,7 +152,7 @@ def test_p_star_of_the_papers_settings(setting, p_star, peak):
 @pytest.mark.parametrize('gamma, clip', [(2, 0.2), (4, 0.05), (7, 0.05), (4, 1e-6), (100, 0.05), (4, 0.999),
                                          (0.3, 0.05), (0.01, 0.6), (0.01, 0.7), (2, 0), (4, 0), (20, 0), (0.3, 0)])
 def test_p_star(gamma, clip, detach):
-    found = analyse(Setting(0, gamma, clip, None, detach)).p_star
+    found = analyse_gradient(Setting(0, gamma, clip, None, detach)).p_star
     if not clip and detach:
         assert found is None
     else:
@@ -153,13 +161,13 @@ def test_p_star(gamma, clip, detach):
 
 @pytest.mark.parametrize('clip', [1e-6, 0.05, 0.2, 0.6, 0.617])
 def test_p_star_of_the_margin_alone(clip):
-    assert analyse(Setting(0, 0, clip)).p_star == pytest.approx(1 + clip - math.sqrt(clip * (1 + clip)), abs=1e-10)
+    assert analyse_gradient(Setting(0, 0, clip)).p_star == pytest.approx(1 + clip - math.sqrt(clip * (1 + clip)), abs=1e-10)
 
 
 @pytest.mark.parametrize('clip', [0.62, 0.9])
 def test_p_star_at_the_jump(clip):
     """Beyond a margin of (sqrt(5) - 1) / 2 = 0.618 nothing is stationary: the gradient falls from its jump on."""
-    found = analyse(Setting(0, 0, clip))
+    found = analyse_gradient(Setting(0, 0, clip))
     assert found.p_star == found.threshold == pytest.approx(clip)
     assert found.jump == pytest.approx(1, rel=1e-6)
     assert list(found.regimes) == ['hard threshold', 'mislabelled']
@@ -168,7 +176,7 @@ def test_p_star_at_the_jump(clip):
 # --- settings
 
 def test_properties_do_not_depend_on_static_weights():
-    plain, weighted = analyse(Setting()), analyse(Setting(alpha=0.25))
+    plain, weighted = analyse_gradient(Setting()), analyse_gradient(Setting(alpha=0.25))
     assert (weighted.p_star, weighted.remaining) == pytest.approx((plain.p_star, plain.remaining))
     assert weighted.peak == pytest.approx(0.75 * plain.peak)
 
@@ -189,12 +197,12 @@ def test_names(setting, name):
 
 @pytest.mark.parametrize('arguments, message', [
     (dict(gamma_neg=-1.), 'gamma_neg=-1.0'), (dict(clip=1.), r'clip=1.0 must be a number in \[0, 1\)'),
-    (dict(gamma_neg=[4., 5.]), 'per class'), (dict(alpha=2.), 'alpha=2.0')])
+    (dict(gamma_neg=[4., 5.]), 'one value per class'), (dict(alpha=2.), 'alpha=2.0')])
 def test_refused_settings(arguments, message):
     with pytest.raises(ValueError, match=message):
         Setting(**arguments)
 
 
 def test_a_loss_without_negatives_is_refused():
-    with pytest.raises(ValueError, match='no negative has a gradient'):
-        analyse(Setting(alpha=1.))
+    with pytest.raises(ValueError, match='no gradient at any negative'):
+        analyse_gradient(Setting(alpha=1.))
