@@ -1,8 +1,8 @@
 """The errors that a user of mmasl causes and can correct.
 
-The tools turn an :class:`MMASLError` into its message and exit. Every other exception keeps its traceback. Each kind also
-derives from the builtin exception that fits, so that ``except ValueError`` and the like work. Each can be built from one
-string: data loaders and MMEngine's registries raise ``type(error)(text)``.
+The tools exit with the message of an :class:`MMASLError`. Every other exception keeps its traceback. Each kind also
+derives from a builtin exception, so ``except ValueError`` and the like work. Each can be built from one string, because
+data loaders and MMEngine's registries raise ``type(error)(text)``.
 """
 import os
 import os.path as osp

@@ -9,12 +9,15 @@ from mmengine.dist import is_main_process
 from mmengine.registry import METRICS
 
 from mmasl.datasets.validation import check_coco_files
-from mmasl.engine.hooks.checkpoint import FitCheck
+from mmasl.errors import ConfigError
+from mmasl.utils.checkpoint import safe_checkpoint_loading
+from mmasl.utils.distributed import check_on_main_process
 from mmasl.utils.tools import (
+    TEST_HOOKS,
     build_runner,
     check_data,
     drop_pretrained,
-    faults,
+    exit_on_user_error,
     is_classification,
     load_config,
     make_parser,
@@ -42,12 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def configure(args: argparse.Namespace) -> Config:
-    """The config that the flags describe, checked as far as is possible without building anything."""
+    """The config of the flags, checked as far as possible without building anything."""
     if args.out and not args.out.endswith(SUFFIXES[args.out_item]):
-        raise SystemExit(f"--out {args.out}: {args.out_item} are written to {' or '.join(SUFFIXES[args.out_item])}")
+        raise ConfigError(f"--out {args.out}: {args.out_item} are written to {' or '.join(SUFFIXES[args.out_item])}")
     cfg = load_config(args)
     if cfg.get('test_dataloader') is None:
-        raise SystemExit(f'{args.config} has no test_dataloader')
+        raise ConfigError(f'{args.config} has no test_dataloader')
     require_file(args.checkpoint, 'checkpoint')
     cfg.load_from, cfg.resume = args.checkpoint, False
     drop_pretrained(cfg)
@@ -55,7 +58,7 @@ def configure(args: argparse.Namespace) -> Config:
         cfg.test_cfg.fp16 = True
     if args.show or args.show_dir:
         if args.tta and is_classification(cfg):
-            raise SystemExit('MMPretrain cannot draw augmented images: use --show and --show-dir without --tta')
+            raise ConfigError('MMPretrain cannot draw augmented images: use --show and --show-dir without --tta')
         draw_predictions(cfg, args)
     check_data(cfg, 'test')
     if args.tta:
@@ -67,7 +70,7 @@ def configure(args: argparse.Namespace) -> Config:
 def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
-        raise SystemExit('--show and --show-dir need default_hooks.visualization in the config')
+        raise ConfigError('--show and --show-dir need default_hooks.visualization in the config')
     folder = args.show_dir and osp.abspath(args.show_dir)
     hook.update(show=args.show, wait_time=args.wait_time)
     if is_classification(cfg):
@@ -77,7 +80,7 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def enable_tta(cfg: Config) -> None:
-    """Wrap the model and the pipeline of the test data as ``tta_model`` and ``tta_pipeline`` say."""
+    """Wrap the model in ``tta_model`` and replace the pipeline of the test data by ``tta_pipeline``."""
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
@@ -102,17 +105,19 @@ def classification_tta(cfg: Config) -> dict:
     return dict(type='mmasl.MultiLabelTTAModel' if multi_label else 'AverageClsScoreTTA')
 
 
+@exit_on_user_error()
+@safe_checkpoint_loading()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(build_parser(), argv)
     cfg = configure(args)
-    runner = build_runner(cfg)
-    runner.register_hook(FitCheck())
+    off = {'mmasl.CheckDataHook': args.no_check_data, 'mmasl.CheckFiniteHook': args.no_check_finite}
+    runner = build_runner(cfg, [hook for hook in TEST_HOOKS if not off.get(hook)])
     if args.out and args.out_item == 'pred':
         dump = 'DumpResults' if is_classification(cfg) else 'mmdet.DumpDetResults'
         runner.test_evaluator.metrics.append(METRICS.build(dict(type=dump, out_file_path=args.out)))
-    with faults(cfg.work_dir):
-        check_coco_files(cfg, 'test')
-        metrics = runner.test()
+    if not args.no_check_data:
+        check_on_main_process(lambda: check_coco_files(cfg, 'test'))
+    metrics = runner.test()
     if args.out and args.out_item == 'metrics' and is_main_process():
         mmengine.dump(metrics, args.out)
 

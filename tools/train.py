@@ -9,14 +9,14 @@ from urllib.error import URLError
 from mmengine.config import Config, ConfigDict
 
 from mmasl.datasets.validation import check_coco_files
-from mmasl.engine.hooks.checkpoint import FitCheck
-from mmasl.engine.hooks.resume import ResumeHook
-from mmasl.utils.checkpoint import find_checkpoint
+from mmasl.errors import CheckpointError, ConfigError, UnavailableError
+from mmasl.utils.checkpoint import find_checkpoint, safe_checkpoint_loading
+from mmasl.utils.distributed import check_on_main_process
 from mmasl.utils.tools import (
     build_runner,
     check_data,
     drop_pretrained,
-    faults,
+    exit_on_user_error,
     load_config,
     make_parser,
     parse_args,
@@ -33,11 +33,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate by total batch size / auto_scale_lr.base_batch_size')
     parser.add_argument('--no-validate', action='store_true', help='do not evaluate while training')
+    parser.add_argument('--no-exact-resume', action='store_true',
+                        help='do not add mmasl.ResumeHook, which makes an interrupted and resumed run equal to an '
+                        'uninterrupted one')
     return parser
 
 
 def configure(args: argparse.Namespace) -> Config:
-    """The config that the flags describe, checked as far as is possible without building anything."""
+    """The config of the flags, checked as far as possible without building anything."""
     cfg = load_config(args)
     if args.amp:
         enable_amp(cfg.optim_wrapper)
@@ -49,54 +52,53 @@ def configure(args: argparse.Namespace) -> Config:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     set_resume(cfg, args.resume)
     if cfg.get('load_from'):
-        require_file(cfg.load_from, 'checkpoint', f': {maker(cfg.load_from, args.config)}')
+        require_file(cfg.load_from, 'checkpoint', f': {checkpoint_hint(cfg.load_from, args.config)}')
     for path in pretrained_files(cfg.model):
-        require_file(path, 'file of pretrained weights', f': {maker(path, args.config)}, or leave it out with '
-                     '--cfg-options model.backbone.init_cfg=None')
+        require_file(path, 'file of pretrained weights', f': {checkpoint_hint(path, args.config)}, or train from '
+                     'scratch with --cfg-options model.backbone.init_cfg=None')
     check_data(cfg, 'train', 'val')
     set_dataloader_defaults(cfg, 'train', 'val', 'test')
     return cfg
 
 
-def maker(checkpoint: str, config: str) -> str:
-    """How to come by a checkpoint: the config beside ``config`` whose work dir it lies in, if there is one."""
+def checkpoint_hint(checkpoint: str, config: str) -> str:
+    """How to get a checkpoint: train the config beside ``config`` whose name is its work dir, if there is one."""
     path = osp.join(osp.dirname(config), osp.basename(osp.dirname(checkpoint)) + '.py')
-    return f'train it first (python tools/train.py {path})' if osp.isfile(path) else 'name a file that is there'
+    return f'train it first (python tools/train.py {path})' if osp.isfile(path) else 'give an existing file'
 
 
 def enable_amp(optim_wrapper: ConfigDict) -> None:
     if optim_wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
-        raise SystemExit(f"--amp replaces OptimWrapper, but optim_wrapper.type is '{optim_wrapper.type}'")
+        raise ConfigError(f"--amp replaces OptimWrapper, but optim_wrapper.type is '{optim_wrapper.type}': remove it")
     optim_wrapper.type = 'AmpOptimWrapper'
     optim_wrapper.setdefault('loss_scale', 'dynamic')
 
 
 def enable_auto_scale_lr(cfg: Config) -> None:
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-        raise SystemExit('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config: '
-                         'the total batch size that its learning rate is meant for')
+        raise ConfigError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config: '
+                          'the total batch size that its learning rate is for')
     schedulers = cfg.get('param_scheduler') or []
     for scheduler in schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]:
         if str(scheduler.get('type')).startswith('OneCycle'):
-            raise SystemExit('--auto-scale-lr has no effect on OneCycleLR, which takes the learning rate from its '
-                             'eta_max: set param_scheduler.eta_max instead')
+            raise ConfigError('--auto-scale-lr has no effect on OneCycleLR, which takes the learning rate from its '
+                              'eta_max: set param_scheduler.eta_max instead')
     cfg.auto_scale_lr.enable = True
 
 
 def set_resume(cfg: Config, resume: str | None) -> None:
-    """Name the checkpoint to resume from in ``cfg.load_from``; without one in the work dir, start anew and say so."""
+    """Set ``cfg.load_from`` to the checkpoint to resume; if the work dir has none, print that training starts anew."""
     resume = resume or (cfg.get('resume') and (cfg.get('load_from') or 'auto'))
     if resume == 'auto':
         resume, reasons = find_checkpoint(cfg.work_dir)
-        passed = '\n'.join(f'  {path}: {reason}' for path, reason in reasons.items())
+        skipped = '\n'.join(f'  {path}: {reason}' for path, reason in reasons.items())
         if resume is None and reasons:
-            raise SystemExit(f'{cfg.work_dir} holds no checkpoint to resume from:\n{passed}\nName another with '
-                             '--resume CHECKPOINT, or start anew without --resume, best in another --work-dir.')
+            raise CheckpointError(f'{cfg.work_dir} holds no checkpoint to resume from:\n{skipped}\nName another with '
+                                  '--resume CHECKPOINT, or start anew without --resume in another --work-dir.')
         if resume is None:
             print(f'Nothing to resume: {cfg.work_dir} holds no checkpoint. Training starts anew.', file=sys.stderr)
         elif reasons:
-            print(f'Resuming from {resume}, the newest checkpoint that can be read. Passed over:\n{passed}',
-                  file=sys.stderr)
+            print(f'Resuming from {resume}, the newest readable checkpoint. Skipped:\n{skipped}', file=sys.stderr)
     cfg.resume = bool(resume)
     if resume:
         cfg.load_from = resume
@@ -104,7 +106,7 @@ def set_resume(cfg: Config, resume: str | None) -> None:
 
 
 def pretrained_files(model: dict | list | tuple) -> Iterator[str]:
-    """Checkpoints that ``init_cfg`` entries anywhere in a model's config name."""
+    """The checkpoints of all ``init_cfg`` entries in a model's config."""
     for value in model.values() if isinstance(model, dict) else model:
         if isinstance(value, (dict, list, tuple)):
             yield from pretrained_files(value)
@@ -112,31 +114,44 @@ def pretrained_files(model: dict | list | tuple) -> Iterator[str]:
         yield model['checkpoint']
 
 
+def automatic_hooks(cfg: Config, args: argparse.Namespace) -> list[str | dict]:
+    """The hooks that the flags do not turn off."""
+    hooks: list[str | dict] = []
+    if not args.no_check_data:
+        hooks.append('mmasl.CheckDataHook')
+    if not args.no_check_finite:
+        hooks.append('mmasl.CheckFiniteHook')
+    if not args.no_exact_resume:
+        hooks.append('mmasl.ResumeHook')
+    if not cfg.resume:  # not strict: a head for other classes starts from initial weights
+        hooks.append(dict(type='mmasl.CheckStateDictHook', strict=False))
+    return hooks
+
+
+@exit_on_user_error()
+@safe_checkpoint_loading()
 def main(argv: list[str] | None = None) -> None:
-    cfg = configure(parse_args(build_parser(), argv))
-    with downloads():  # timm's are made where the model is built, the others' where its weights are initialised
-        runner = build_runner(cfg)
-        if not any(isinstance(hook, ResumeHook) for hook in runner.hooks):
-            runner.register_hook(ResumeHook())
-        if not cfg.resume:
-            runner.register_hook(FitCheck(whole=False))  # a head for other classes starts anew
-        with faults(cfg.work_dir):
-            check_coco_files(cfg, 'train', 'val')
-            runner.train()
+    args = parse_args(build_parser(), argv)
+    cfg = configure(args)
+    with downloads():  # timm downloads when the model is built, others when its weights are initialised
+        runner = build_runner(cfg, automatic_hooks(cfg, args))
+        if not args.no_check_data:
+            check_on_main_process(lambda: check_coco_files(cfg, 'train', 'val'))
+        runner.train()
 
 
 @contextmanager
 def downloads() -> Iterator[None]:
-    """End in a message alone where pretrained weights are out of reach."""
+    """Raise UnavailableError if pretrained weights cannot be downloaded."""
     try:
         yield
     except Exception as error:
-        hub = sys.modules.get('huggingface_hub.errors')  # there only with timm, which downloads by it
+        hub = sys.modules.get('huggingface_hub.errors')  # loaded by timm only
         if not isinstance(error, (URLError, getattr(hub, 'LocalEntryNotFoundError', URLError))):
             raise
-        raise SystemExit(f'Pretrained weights could not be downloaded ({error}): set init_cfg.checkpoint in the model '
-                         'to a file, or train from scratch with --cfg-options model.backbone.init_cfg=None '
-                         '(model.backbone.pretrained=False for a backbone of timm)') from None
+        raise UnavailableError(f'Pretrained weights could not be downloaded ({error}): set init_cfg.checkpoint in the '
+                               'model to a file, or train from scratch with --cfg-options model.backbone.init_cfg=None '
+                               '(model.backbone.pretrained=False for a backbone of timm)') from None
 
 
 if __name__ == '__main__':

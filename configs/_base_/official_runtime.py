@@ -6,5 +6,5 @@ _base_ = './classification_runtime.py'
 custom_hooks = [
     dict(type='mmasl.ProbabilityGapHook'),
     dict(type='mmasl.AdaptCheckpointHook'),
-    dict(type='mmasl.EMAHook', horizon=0.1266, update_buffers=True),
+    dict(type='mmasl.RelativeEMAHook', horizon=0.1266, update_buffers=True),
 ]

@@ -1,8 +1,9 @@
-"""TODO."""
+"""Checkpoints: safe reading, comparison with a model, conversion of other layouts, the checkpoint to resume from."""
 import functools
 import os
 import os.path as osp
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,15 +31,15 @@ BACKBONE = 'backbone.timm_model.'
 EMBEDDING, OUTPUT = 'head.fc.embedding_generator.0.', 'head.fc.FC.'
 
 
-# --- nothing in a file is executed
+# --- safe reading
 
-# What getattr may be asked for in a checkpoint: MMEngine keeps methods beside its buffers and schedules.
+# MMEngine pickles these methods by getattr, with its histories and one-cycle schedules.
 METHODS = {HistoryBuffer: ('min', 'max', 'current', 'mean'),
            OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear')}
 
 
 def _attribute(owner: object, name: str) -> Callable:
-    """What ``getattr`` means in a checkpoint. With the real one, which MMEngine allows, any code can be executed."""
+    """Replaces ``getattr`` while unpickling. The real one, which MMEngine allows, is enough to execute any code."""
     for known, names in METHODS.items():
         if owner is known and name in names:
             return getattr(known, name)
@@ -46,11 +47,11 @@ def _attribute(owner: object, name: str) -> Callable:
 
 
 def _trusted() -> list:
-    """What MMEngine's own checkpoints hold beside tensors and plain data: numbers of NumPy, histories, schedules."""
+    """The classes that MMEngine's checkpoints hold beside tensors and plain data."""
     core: Any = np._core if hasattr(np, '_core') else np.core
     rebuild, scalar = core.multiarray._reconstruct, core.multiarray.scalar
     dtypes = {type(np.dtype(code)) for code in np.typecodes['AllInteger'] + np.typecodes['Float'] + '?'}
-    named = [(entry, f'numpy.{package}.multiarray.{entry.__name__}')  # of NumPy 2 and 1
+    named = [(entry, f'numpy.{package}.multiarray.{entry.__name__}')  # names in NumPy 2 and 1
              for entry in (rebuild, scalar) for package in ('_core', 'core')]
     return [slice, np.ndarray, np.dtype, *dtypes, *named, *METHODS, ConfigDict, (_attribute, 'builtins.getattr')]
 
@@ -60,45 +61,53 @@ TRUSTED = _trusted()
 
 @contextmanager
 def _refusals(path: str) -> Iterator[None]:
-    """Load only data, and say what is wrong with a file that holds anything else."""
-    # Before torch.load's own argument, which MMEngine and torch.hub set to execute.
+    """Force ``weights_only`` loading, and turn what fails into CheckpointError.
+
+    Args:
+        path: Name of the file for messages.
+    """
+    # These variables take precedence over the weights_only=False that MMEngine and torch.hub pass.
     names = ('TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ[names[0]] = '1'
     try:
         with torch.serialization.safe_globals(TRUSTED):
             yield
-    except (CheckpointError, FileNotFoundError, PermissionError, MemoryError, URLError):
+    except (CheckpointError, PermissionError, MemoryError, URLError):
         raise
-    except Exception as error:  # a foreign file fails in many ways
+    except FileNotFoundError:
+        raise CheckpointError(f'no such checkpoint: {path}. Give the path of an existing file') from None
+    except Exception as error:  # a file of another kind fails in many ways
         text = ' '.join(str(error).split())
-        # Without PyTorch's advice to execute it.
+        # PyTorch's own message recommends executing the file.
         if unsafe := re.search(r'unsupported (global: GLOBAL|GLOBAL) \S+|Unsupported attribute.{,200}|'
                                r'(Trying to|Can only).{,200}', text, re.IGNORECASE):
             raise CheckpointError(
-                f'{path} is refused: loading it could execute what is in it ({unsafe.group()}). Nothing was executed. '
-                'If you trust where it comes from, write its weights to a file of their own: torch.save(dict('
-                "state_dict=torch.load(FILE, weights_only=False)['state_dict']), NEW)") from None
-        raise CheckpointError(f'{path} is no checkpoint, or is damaged ({type(error).__name__}: {text[:200]}): copy or '
-                              'download it anew, or take an earlier one') from error
+                f'{path} is refused: loading it could execute code ({unsafe.group()}); nothing was executed. If you '
+                'trust its source, save its weights to a new file: torch.save(dict(state_dict='
+                "torch.load(FILE, weights_only=False)['state_dict']), NEW)") from None
+        raise CheckpointError(f'{path} is not a checkpoint or is damaged ({type(error).__name__}: {text[:200]}). Copy '
+                              'or download it again, or use an earlier one') from error
     finally:
         del os.environ[names[0]]
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def read_checkpoint(path: str | PathLike, map_location: Any = 'cpu', whole: bool = False) -> dict:
-    """What is in a checkpoint, without executing anything; MMEngine's own loader falls back to executing.
+def read_checkpoint(path: str | PathLike, map_location: Any = 'cpu', verify: bool = False) -> dict:
+    """Read a checkpoint without executing anything in it. MMEngine's loader falls back to full unpickling.
 
-    Beside tensors and plain data, checkpoints may hold what MMEngine itself puts there (:data:`TRUSTED`).
+    Beside tensors and plain data, a checkpoint may hold the classes in :data:`TRUSTED`, which MMEngine writes.
 
     Args:
-        path: File, or http(s) URL, which is kept in torch.hub's folder.
+        path: File, or http(s) URL, which torch.hub caches.
         map_location: As in ``torch.load``.
-        whole: Whether a file's checksums are compared too, which PyTorch does not do.
+        verify: Whether to compare the checksums of a file, which ``torch.load`` does not.
+
+    Returns:
+        The content, without ``meta.config``.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        CheckpointError: The file is no checkpoint, is damaged, or holds other objects.
+        CheckpointError: The file does not exist, is not a checkpoint, is damaged, or holds other objects.
     """
     path = str(path)
     with _refusals(path):
@@ -106,9 +115,7 @@ def read_checkpoint(path: str | PathLike, map_location: Any = 'cpu', whole: bool
             checkpoint = load_state_dict_from_url(path, map_location=map_location, weights_only=True)
         else:
             file = osp.expanduser(path)
-            if not osp.isfile(file):
-                raise FileNotFoundError(f'no such checkpoint: {path}')
-            if whole and is_zipfile(file):
+            if verify and is_zipfile(file):
                 with ZipFile(file) as content:
                     if torn := content.testzip():
                         raise BadZipFile(f'{torn} has another checksum')
@@ -118,26 +125,42 @@ def read_checkpoint(path: str | PathLike, map_location: Any = 'cpu', whole: bool
 
 def _only_data(checkpoint: object, path: str) -> dict:
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f'{path} is no checkpoint: it holds a {type(checkpoint).__name__}, not a dict of weights')
+        raise CheckpointError(f'{path} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict of '
+                              'weights')
     if isinstance(checkpoint.get('meta'), dict):
-        checkpoint['meta'].pop('config', None)  # Runner.resume would execute it, to look for gpu_ids of MMCV 1
+        checkpoint['meta'].pop('config', None)  # Runner.resume executes it to look for gpu_ids of MMCV 1
     return checkpoint
 
 
-@functools.cache
-def load_only_data() -> None:
-    """From here on, in this process, nothing in a checkpoint is executed, whoever loads it through MMEngine.
+@contextmanager
+def safe_checkpoint_loading() -> Iterator[None]:
+    """Within this context, MMEngine executes nothing in a checkpoint that it loads.
 
-    That is all of ``load_from``, ``resume`` and ``init_cfg`` in MMEngine, MMDetection and MMPretrain, from every kind
-    of place. (timm itself loads that way.)
+    This covers ``load_from``, ``resume`` and ``init_cfg`` in MMEngine, MMDetection and MMPretrain, from files and URLs.
+    timm loads safely itself. On exit MMEngine's loaders are as before.
+
+    Raises:
+        CheckpointError: A checkpoint is loaded that does not exist, is damaged, or holds other objects than data.
+
+    Example:
+        >>> with safe_checkpoint_loading():  # doctest: +SKIP
+        ...     runner.train()
     """
-    mmengine_checkpoint.get_torch_safe_globals = lambda: TRUSTED  # its own list has getattr
-    for prefix, loader in CheckpointLoader._schemes.items():
-        CheckpointLoader.register_scheme(prefix, _guard(loader) if prefix else load_from_local, force=True)
+    schemes = dict(CheckpointLoader._schemes)
+    allowed = getattr(mmengine_checkpoint, 'get_torch_safe_globals', None)
+    mmengine_checkpoint.get_torch_safe_globals = lambda: TRUSTED  # MMEngine's own list has getattr
+    try:
+        for prefix, loader in schemes.items():
+            CheckpointLoader.register_scheme(prefix, _guard(loader) if prefix else load_from_local, force=True)
+        yield
+    finally:
+        for prefix, loader in schemes.items():
+            CheckpointLoader.register_scheme(prefix, loader, force=True)
+        mmengine_checkpoint.get_torch_safe_globals = allowed
 
 
 def load_from_local(filename: str, map_location: object = None) -> dict:
-    """MMEngine's loader of that name, which executes nothing."""
+    """Replaces MMEngine's loader of this name, whose log shows it."""
     return read_checkpoint(filename, map_location)
 
 
@@ -151,17 +174,17 @@ def _guard(loader: Callable) -> Callable:
     return load
 
 
-# --- it must fit
+# --- comparison with a model
 
 
-def check_fit(model: nn.Module, checkpoint: dict, path: str, whole: bool = True) -> None:
-    """Raise where a model would keep initial weights; MMEngine warns in the log, and goes on with noise.
+def check_state_dict(model: nn.Module, checkpoint: dict, path: str, strict: bool = True) -> None:
+    """Raise if weights of a model are missing or have another shape. MMEngine only warns and keeps initial weights.
 
     Args:
-        model: The model, inside its wrappers. Shards of FSDP are not looked at.
-        checkpoint: What was loaded.
-        path: Its name, for the message.
-        whole: Whether all weights must fit, as for a test, and not just any, as for training from them.
+        model: The model, wrapped or not. Shards of FSDP are not compared.
+        checkpoint: The loaded checkpoint, with or without ``state_dict``.
+        path: Name of the checkpoint for messages.
+        strict: Whether all weights must fit, as for a test. Without, one that fits is enough, as to train from them.
 
     Raises:
         CheckpointError: Weights are missing or have another shape.
@@ -172,55 +195,74 @@ def check_fit(model: nn.Module, checkpoint: dict, path: str, whole: bool = True)
         return
     state = {re.sub(r'^module\.', '', key): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
     own = model.state_dict()
-    missing = [key for key in own if key not in state and not key.endswith('num_batches_tracked')]
-    fitting = [key for key, value in state.items() if isinstance(value, Tensor) and isinstance(own.get(key), Tensor)
-               and value.shape == own[key].shape]
-    other = {key: (tuple(value.shape), tuple(own[key].shape)) for key, value in state.items()
-             if isinstance(value, Tensor) and isinstance(own.get(key), Tensor) and value.shape != own[key].shape}
-    if not whole:
-        if fitting or not own:
+    shapes = {key: (tuple(value.shape), tuple(own[key].shape)) for key, value in state.items()
+              if isinstance(value, Tensor) and isinstance(own.get(key), Tensor)}
+    if not strict:
+        if not own or any(theirs == ours for theirs, ours in shapes.values()):
             return
-        raise CheckpointError(f'{path} does not fit the model: none of its weights does. It is of another model '
-                              f'(it has {", ".join(list(state)[:3])}; the model has {", ".join(list(own)[:3])})')
-    problems = [f'{key} is {theirs} in the checkpoint and {ours} in the model' for key, (theirs, ours) in other.items()]
-    problems += [f'{key} is missing' for key in missing]
+        raise CheckpointError(f'{path} does not fit the model: no weight has the same name and shape. It has '
+                              f'{", ".join(list(state)[:3])}, and the model has {", ".join(list(own)[:3])}')
+    problems = [f'{key} is {theirs} in the checkpoint and {ours} in the model'
+                for key, (theirs, ours) in shapes.items() if theirs != ours]
+    # Old checkpoints have no num_batches_tracked.
+    problems += [f'{key} is missing' for key in own if key not in state and not key.endswith('num_batches_tracked')]
     if not problems:
         return
     more = f', and {len(problems) - 3} more' if len(problems) > 3 else ''
     meta = checkpoint.get('meta') or {}
-    theirs = len((meta.get('dataset_meta') or {}).get('classes') or ())
-    ours = {module.num_classes for name, module in model.named_modules()
-            if name.endswith('head') and isinstance(getattr(module, 'num_classes', None), int)}
+    count = len((meta.get('dataset_meta') or {}).get('classes') or ())
+    heads = {module.num_classes for name, module in model.named_modules()
+             if name.endswith('head') and isinstance(getattr(module, 'num_classes', None), int)}
     classes = ''
-    if theirs and ours and theirs not in ours:
-        classes = (f' The checkpoint is of {theirs} classes, and num_classes of the head is '
-                   f'{" and ".join(map(str, sorted(ours)))}.')
+    if count and heads and count not in heads:
+        classes = (f' The checkpoint has {count} classes, and num_classes of the head is '
+                   f'{" and ".join(map(str, sorted(heads)))}.')
     raise CheckpointError(
-        f'{path} does not fit the model of the config: {"; ".join(problems[:3])}{more}.{classes} Take the config that '
-        'it was trained with, or the head that it has (num_classes); to train from it for other classes, name it in '
-        'load_from instead of testing or resuming it, with mmasl.AdaptCheckpointHook to match the classes by name')
+        f'{path} does not fit the model of the config: {"; ".join(problems[:3])}{more}.{classes} Use the config that '
+        'it was trained with. To train from it for other classes, set load_from and mmasl.AdaptCheckpointHook')
+
+
+def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
+    """Load all weights of a model, and warn about weights that the model does not have.
+
+    Args:
+        model: The model.
+        checkpoint: As :func:`read_checkpoint` returns it.
+        path: Name of the checkpoint for messages.
+
+    Raises:
+        CheckpointError: Weights are missing or have another shape.
+    """
+    check_state_dict(model, checkpoint, path)
+    _, unexpected = model.load_state_dict(checkpoint.get('state_dict', checkpoint), strict=False)
+    if unexpected:
+        names = ', '.join(unexpected[:10]) + ', ...' * (len(unexpected) > 10)
+        warnings.warn(f'{path} has {len(unexpected)} weights that the model of the config does not have: {names}',
+                      stacklevel=2)
 
 
 # --- other layouts, other classes
 
 
 def is_official(checkpoint: dict) -> bool:
-    """Whether a loaded file is a TResNet of the official repository, or bare weights of its layout."""
+    """Whether a loaded file is a TResNet of the official repository, or bare weights in its layout."""
     return 'body.conv1.0.weight' in checkpoint.get('model', checkpoint)
 
 
 def convert_official(checkpoint: dict) -> dict:
-    """A checkpoint of the official repository in MMEngine's layout, for an ImageClassifier with TIMMBackbone.
+    """Convert a checkpoint of the official repository to MMEngine's layout, for an ImageClassifier with TIMMBackbone.
 
-    The backbone's keys become timm's, and InPlaceABN's weights batch norm's, which timm's own filter does. The two
-    linear layers of the Open Images head, with nothing between them, become the one that they amount to. The names of
-    the classes go where MMEngine keeps them, without quotes around them.
+    timm's own filter renames the keys of the backbone and turns InPlaceABN into batch norm. The two linear layers of
+    the Open Images head, without an activation between them, are multiplied into one. Class names lose their quotes.
 
     Args:
-        checkpoint: What ``torch.load`` gives: a dict with ``model`` and ``idx_to_class``, or bare weights.
+        checkpoint: The loaded file: a dict with ``model`` and ``idx_to_class``, or bare weights.
+
+    Returns:
+        A dict with ``state_dict`` and ``meta.dataset_meta.classes``.
 
     Raises:
-        KeyError: A key belongs neither to the body nor to the head.
+        CheckpointError: A key belongs neither to the body nor to the head.
     """
     from timm.models.tresnet import checkpoint_filter_fn  # detection needs no timm
 
@@ -232,9 +274,10 @@ def convert_official(checkpoint: dict) -> dict:
         state['head.fc.weight'] = (second[0] @ first[0]).float()
         state['head.fc.bias'] = (second[0] @ first[1] + second[1]).float()
     if unknown := set(state) - {'head.fc.weight', 'head.fc.bias'}:
-        raise KeyError(f'no TResNet of the official repository has {sorted(unknown)[:5]}')
+        raise CheckpointError(f'{sorted(unknown)[:5]} are not weights of a TResNet of the official repository. Use a '
+                              'file of its MODEL_ZOO.md')
     state |= {BACKBONE + key: value for key, value in checkpoint_filter_fn(body, None).items()}
-    # Many of Open Images' are in quotes, as """Pig's organ soup""" (issue 26 of the official repository).
+    # Many names of Open Images are quoted, such as """Pig's organ soup""" (issue 26 of the official repository).
     names = tuple(str(name).strip('"\' ') for name in checkpoint.get('idx_to_class', {}).values())
     return dict(state_dict=state, meta=dict(dataset_meta=dict(classes=names)))
 
@@ -244,17 +287,18 @@ def match_rows(weight: Tensor,
                target: Sequence[str],
                initial: Tensor,
                aliases: Mapping[str, str] | None = None) -> tuple[Tensor, list[str]]:
-    """Rows of a classifier's weight or bias in the order of other classes.
+    """Sort the rows of a classifier's weight or bias by class name.
 
     Args:
-        weight: (S, ...), one row for each of the ``source`` classes.
-        source, target: Names of the classes of the checkpoint, S, and of the model, T.
-        initial: (T, ...), whose rows stay where the checkpoint has no class of that name.
-        aliases: Other names that ``target`` classes may have in the checkpoint; one that it has comes first.
+        weight: (S, ...), one row per ``source`` class.
+        source: S class names of the checkpoint.
+        target: T class names of the model.
+        initial: (T, ...). A class that the checkpoint lacks keeps its row of this tensor.
+        aliases: Names in the checkpoint of ``target`` classes. An alias that the checkpoint has takes precedence.
 
     Returns:
-        (T, ...), and the target classes that kept their initial row. A name that several classes of the checkpoint have
-        is that of none.
+        The rows, (T, ...), and the target classes that kept their initial row. A name that occurs more than once in
+        ``source`` is ambiguous and matches no class.
     """
     times = Counter(source)
     row_of = {name: row for row, name in enumerate(source) if times[name] == 1}
@@ -266,22 +310,25 @@ def match_rows(weight: Tensor,
     return matched, [name for name, row in zip(target, rows) if row is None]
 
 
-def find_checkpoint(work_dir: str) -> tuple[str | None, dict[str, str]]:
-    """The checkpoint to resume a run from: the one that ``last_checkpoint`` names, or else the newest that can be read.
+# --- the checkpoint to resume from
 
-    A named file is looked for in the work dir first, which may have been moved.
+
+def find_checkpoint(work_dir: str) -> tuple[str | None, dict[str, str]]:
+    """Find the checkpoint to resume a run from: the one in ``last_checkpoint``, or else the newest readable one.
+
+    A file that ``last_checkpoint`` names is searched in the work dir first, because the work dir may have moved.
 
     Args:
-        work_dir: The run's work dir.
+        work_dir: Work dir of the run.
 
     Returns:
-        The path, or None; and why newer ones, or all, were passed over, by path.
+        The path, or None, and the reasons why newer checkpoints were skipped, by path.
     """
     record = Path(work_dir, 'last_checkpoint')
     named = record.read_text().strip() if record.is_file() else ''
     first = [Path(work_dir, osp.basename(named)), Path(named)] if named else []
     first = [path for path in first if path.exists()][:1] or first[1:]
-    if first and first[0].is_dir():  # of DeepSpeed
+    if first and first[0].is_dir():  # DeepSpeed's checkpoints are folders
         return str(first[0]), {}
     folders = {Path(work_dir), *(path.parent for path in first)}
     found = {path for folder in folders for path in folder.glob('*.pth') if not path.name.startswith('best_')}
@@ -289,7 +336,7 @@ def find_checkpoint(work_dir: str) -> tuple[str | None, dict[str, str]]:
     reasons = {str(record): 'it is empty'} if record.is_file() and not named else {}
     for path in [*first, *others]:
         try:
-            check_resumable(read_checkpoint(path, whole=True), str(path))
+            check_resumable(read_checkpoint(path, verify=True), str(path))
             return str(path), reasons
         except (CheckpointError, OSError) as error:
             reasons[str(path)] = str(error)
@@ -297,8 +344,16 @@ def find_checkpoint(work_dir: str) -> tuple[str | None, dict[str, str]]:
 
 
 def check_resumable(checkpoint: dict, path: str) -> None:
-    """Raise where a checkpoint holds weights alone: MMEngine would go on with a new optimizer."""
+    """Raise if a checkpoint holds weights alone. MMEngine would continue with a new optimizer.
+
+    Args:
+        checkpoint: The loaded checkpoint.
+        path: Its name for the message.
+
+    Raises:
+        CheckpointError: The state of the optimizer or of the run is missing.
+    """
     if missing := [key for key in ('meta', 'message_hub', 'optimizer', 'state_dict') if key not in checkpoint]:
-        raise CheckpointError(f'{path} cannot be resumed: it has no {" and no ".join(missing)}, as the best and the '
-                              'published ones. Start from its weights, --cfg-options load_from=CHECKPOINT without '
-                              '--resume, or resume another')
+        raise CheckpointError(f'{path} cannot be resumed: it has no {" and no ".join(missing)}, as best and published '
+                              'checkpoints. Start from its weights (--cfg-options load_from=CHECKPOINT, without '
+                              '--resume), or resume another')

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Atomic file writes and full disks."""
 import errno
 import os
 import os.path as osp
@@ -9,21 +9,23 @@ from mmasl.errors import DiskFullError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, limit of a file's size
 
 
-# --- files
-
-
 def is_full(error: OSError) -> bool:
-    """Whether an error says that there is no space left."""
+    """Whether an error says that the disk or quota is full."""
     return error.errno in FULL
 
 
-def write_whole(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file so that at every moment, also after a power failure, it is there as it was or as it will be.
+def atomic_write(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file completely or not at all; a crash or power failure leaves the old or the new content.
 
-    The content goes to ``path.part`` first. After a kill that file may be left; the next write takes its place.
+    The content goes to ``path.part`` first. A killed process may leave that file, which the next write replaces.
+
+    Args:
+        path: Destination.
+        content: Content of the file.
 
     Raises:
-        OSError: It cannot be written, :class:`DiskFullError` if for want of space. Nothing is left of it.
+        DiskFullError: The disk or quota is full; no partial file remains.
+        OSError: The file cannot be written for another reason; no partial file remains.
     """
     path, temporary = str(path), f'{path}.part'
     folder = osp.dirname(osp.abspath(path))
@@ -35,7 +37,7 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
         os.replace(temporary, path)
         handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(handle)  # of the name
+            os.fsync(handle)  # makes the new name durable
         finally:
             os.close(handle)
     except BaseException as error:

@@ -1,16 +1,11 @@
-"""What tools/train.py and tools/test.py share: flags, the config behind them, and checks before anything is built.
-
-A mistake of the user ends in ``SystemExit`` with a message that names it and its cure, without a traceback.
-"""
+"""What the command-line tools share: flags, configs, checks of files and devices, runners and exits."""
 import argparse
 import atexit
-import dis
 import os
 import os.path as osp
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +17,39 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import track
 
-from mmasl.datasets.digits import DigitScenes
-from mmasl.engine.hooks.checkpoint import FitCheck
-from mmasl.engine.hooks.checks import add_checks
-from mmasl.errors import DiskFullError, UnreadableImageError
-from mmasl.reproduce.experiments import digits_of
-from mmasl.utils.checkpoint import load_only_data
+from mmasl.errors import ConfigError, DataError, DiskFullError, MMASLError, UnavailableError
 from mmasl.utils.files import is_full
+
+TEST_HOOKS = ('mmasl.CheckDataHook', 'mmasl.CheckFiniteHook', 'mmasl.CheckStateDictHook')
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """End in SystemExit with the message where mmasl itself raised the error: a traceback would add nothing to it."""
+def exit_on_user_error() -> Iterator[None]:
+    """Exit with the message of an :class:`MMASLError` or of a full disk; other errors keep their traceback.
+
+    It is a context manager and a decorator.
+
+    Raises:
+        SystemExit: With the message.
+
+    Example:
+        >>> @exit_on_user_error()
+        ... def main() -> None:
+        ...     ...
+    """
     try:
         yield
-    except Exception as error:
-        if isinstance(error, UnreadableImageError):
-            # From the process of a data loader it comes with that process's traceback.
-            raise SystemExit(str(error).rsplit(f'{UnreadableImageError.__name__}: ', 1)[-1].strip()) from None
-        if not _raised_by_mmasl(error):
+    except MMASLError as error:
+        # A data loader's worker puts its traceback before the message.
+        raise SystemExit(str(error).rsplit(f'{type(error).__name__}: ', 1)[-1].strip()) from None
+    except OSError as error:
+        if not is_full(error):
             raise
-        raise SystemExit(str(error.args[0]) if len(error.args) == 1 else str(error)) from None
+        folder = osp.dirname(osp.abspath(error.filename)) if error.filename else ''
+        raise SystemExit(str(DiskFullError.describe(error, error.filename or 'A file of the run', folder))) from None
 
 
-def _raised_by_mmasl(error: BaseException) -> bool:
-    """Whether a ``raise`` of this package, and not a call in it, was the origin."""
-    trace: Any = error.__traceback__
-    while trace.tb_next:
-        trace = trace.tb_next
-    code = trace.tb_frame.f_code
-    return (Path(code.co_filename).is_relative_to(Path(__file__).parents[1])
-            and code.co_code[trace.tb_lasti] == dis.opmap['RAISE_VARARGS'])
-
-
-SOURCES = {  # pattern in the path of a missing file: where to get it
+SOURCES = {  # pattern in the path of a missing file: where to download it
     '(train|val)2017': 'COCO 2017: unpack train2017.zip, val2017.zip (http://images.cocodataset.org/zips/) and\n'
             '  annotations_trainval2017.zip (http://images.cocodataset.org/annotations/) in data/coco/.',
     '(train|val)2014': 'COCO 2014: unpack train2014.zip, val2014.zip (http://images.cocodataset.org/zips/) and\n'
@@ -67,27 +61,31 @@ SOURCES = {  # pattern in the path of a missing file: where to get it
     'open_images': 'Open Images: image labels and class lists of\n'
                    '  https://storage.googleapis.com/openimages/web/download.html, in data/open_images/.',
     'nybg2020': 'Herbarium 2020: https://www.kaggle.com/c/herbarium-2020-fgvc7/data, in data/nybg2020/.'}
-NO_DOWNLOAD = ('Without any download: make demo; or python tools/make_digits.py data/digits, then\n'
-               '  configs/digits/fcos_asl_digits.py (detection) or configs/digits/resnet_asl_digits.py (classification).')
+NO_DOWNLOAD = ('Without any download: make demo; or python tools/make_digits.py data/digits, then train\n'
+               '  configs/digits/fcos_asl_digits.py or configs/digits/resnet_asl_digits.py.')
 DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')  # these fetch their files themselves
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """The flags of both tools."""
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags that tools/train.py and tools/test.py share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help="folder of logs and checkpoints (default: the config's, or work_dirs/NAME)")
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision; needs a GPU')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', default={},
-                        help='override settings of the config, as in model.bbox_head.loss_cls.gamma_neg=3; '
+                        help='override settings of the config, such as model.bbox_head.loss_cls.gamma_neg=3; '
                         'a list is key="[a,b]", without spaces')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by the launcher')
+    parser.add_argument('--no-check-data', action='store_true',
+                        help='do not check annotation files, images, labels and class counts before the run')
+    parser.add_argument('--no-check-finite', action='store_true',
+                        help='do not stop at a loss or weights that are NaN or infinite')
     return parser
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse, with a message where an override is not KEY=VALUE."""
+    """Parse flags; exits with usage if a value of ``--cfg-options`` is not KEY=VALUE."""
     try:
         return parser.parse_args(argv)
     except ValueError:  # DictAction splits at '='
@@ -95,11 +93,15 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The config of the shared flags; ``--amp`` is only checked, since training and testing switch it differently.
+    """Load the config of the shared flags. ``--amp`` is only checked, because each tool enables it differently.
 
-    From here on nothing in a checkpoint is executed.
+    Args:
+        args: Flags of :func:`make_parser`.
+
+    Raises:
+        ConfigError: The config does not exist, or ``--cfg-options`` does not fit it.
+        UnavailableError: ``--amp`` without a GPU.
     """
-    load_only_data()
     require_file(args.config, 'config')
     if args.amp:
         require_gpu('--amp')
@@ -107,7 +109,7 @@ def load_config(args: argparse.Namespace) -> Config:
     try:
         cfg.merge_from_dict(args.cfg_options)
     except (KeyError, TypeError) as error:
-        raise SystemExit(f'--cfg-options does not fit {args.config}: {error}') from None
+        raise ConfigError(f'--cfg-options does not fit {args.config}: {error}. Check the keys and indices') from None
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join(
@@ -116,14 +118,18 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def is_classification(cfg: Config) -> bool:
-    """Whether a config is MMPretrain's; every other scope is handled as detection."""
+    """Whether a config is MMPretrain's. Other scopes are handled as detection."""
     return cfg.get('default_scope') == 'mmpretrain'
 
 
 def set_dataloader_defaults(cfg: Config, *splits: str) -> None:
-    """What MMPretrain's own tools add to dataloaders, where nothing is set.
+    """Set what MMPretrain's own tools set in dataloaders, unless the config does.
 
-    Detection keeps mmengine's defaults: its images differ in size and cannot be collated into one tensor.
+    Detection keeps MMEngine's defaults, because its images differ in size and cannot be collated into one tensor.
+
+    Args:
+        cfg: The config, changed in place.
+        splits: Of 'train', 'val' and 'test'.
     """
     for loader in (cfg.get(f'{split}_dataloader') for split in splits if is_classification(cfg)):
         if loader is not None:
@@ -133,25 +139,41 @@ def set_dataloader_defaults(cfg: Config, *splits: str) -> None:
 
 
 def drop_pretrained(cfg: Config) -> None:
-    """Leave out the download of a timm backbone's weights, which a checkpoint replaces."""
+    """Do not download the weights of a timm backbone that a checkpoint replaces."""
     if cfg.model.get('backbone', {}).get('pretrained') is True:
         cfg.model.backbone.pretrained = False
 
 
-def require_file(path: str, what: str, cure: str = '') -> None:
-    """Exit if a local file does not exist; URLs and ``torchvision://`` names pass."""
+def require_file(path: str, what: str, hint: str = '') -> None:
+    """Raise ConfigError if a local file does not exist. URLs and ``torchvision://`` names pass.
+
+    Args:
+        path: The file.
+        what: What it is, for the message.
+        hint: How to get it, appended to the message.
+    """
     if '://' not in path and not osp.isfile(osp.expanduser(path)):
-        raise SystemExit(f'No such {what}: {path} (relative paths start at {os.getcwd()}){cure}')
+        raise ConfigError(f'No such {what}: {path} (relative paths start at {os.getcwd()}){hint}')
 
 
 def require_gpu(what: str) -> None:
-    """Exit if there is no GPU, which something needs."""
+    """Raise UnavailableError if PyTorch finds no GPU, which ``what`` needs."""
     if get_device() in ('cpu', 'mps'):
-        raise SystemExit(f'{what} needs a GPU, and PyTorch finds none on this machine: run without it')
+        raise UnavailableError(f'{what} needs a GPU, and PyTorch finds none on this machine: run without it')
 
 
 def check_data(cfg: Config, *splits: str) -> None:
-    """Exit if data that a run needs is missing, with all missing paths and where to get them."""
+    """Raise if files or folders of the data do not exist.
+
+    A comment ``# Made by: COMMAND`` of the config that names the folder of missing data is shown as well.
+
+    Args:
+        cfg: The config.
+        splits: Of 'train', 'val' and 'test'.
+
+    Raises:
+        DataError: With all missing paths, their keys in the config and where to get them.
+    """
     missing: dict[str, str] = {}
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
@@ -160,27 +182,20 @@ def check_data(cfg: Config, *splits: str) -> None:
         missing |= {key: path for key, path in paths.items()
                     if '://' not in path and not osp.exists(osp.expanduser(path))}
     if missing:
-        cures = [cure for mark, cure in SOURCES.items() if re.search(mark, ' '.join(missing.values()))]
-        roots = dict.fromkeys(str(folder) for path in missing.values() for folder in (Path(path), *Path(path).parents))
-        cures += [f'Digits: {make_digits(root, digits)}' for root in roots if (digits := digits_of(root))]
-        raise SystemExit('\n'.join([
+        hints = [hint for mark, hint in SOURCES.items() if re.search(mark, ' '.join(missing.values()))]
+        roots = {str(folder) for path in missing.values() for folder in (Path(path), *Path(path).parents)}
+        made_by = dict.fromkeys(re.findall('^# Made by: (.+)$', cfg.text, re.MULTILINE))
+        hints += [f'Made by: {command}' for command in made_by if roots & set(command.split())]
+        raise DataError('\n'.join([
             f'Missing data (relative paths start at {os.getcwd()}):',
-            *(f'  {path}   <- {key}' for key, path in missing.items()), *cures,
-            'Data in another place: link it to this one (ln -s), or give its place to tools/train.py, as in',
+            *(f'  {path}   <- {key}' for key, path in missing.items()), *hints,
+            'If the data are elsewhere, link them here (ln -s), or set their place:',
             '  --cfg-options train_dataloader.dataset.data_root=PATH.',
             NO_DOWNLOAD]))
 
 
-def make_digits(root: str, digits: DigitScenes) -> str:
-    """The command that writes some digits."""
-    usual = DigitScenes(single=digits.single, labels_per_image=1.) if digits.single else DigitScenes()
-    values = {field.name: getattr(digits, field.name) for field in fields(DigitScenes)}
-    flags = [f'--{name.replace("_", "-")} {value}' for name, value in values.items() if value != getattr(usual, name)]
-    return ' '.join([f'python tools/make_digits.py {root}', *['--single'] * digits.single, *flags])
-
-
 def _dataset_paths(dataset: dict, key: str) -> Iterator[tuple[str, str]]:
-    """(config key, path) of the files and folders of a dataset, and of those that it wraps."""
+    """(config key, path) of the files and folders of a data set and of the data sets that it wraps."""
     if isinstance(dataset.get('datasets'), (list, tuple)):
         for number, inner in enumerate(dataset['datasets']):
             yield from _dataset_paths(inner, f'{key}.datasets.{number}')
@@ -208,44 +223,51 @@ def _evaluator_paths(evaluator: dict | list | None, key: str) -> Iterator[tuple[
         yield f'{key}.ann_file', evaluator['ann_file']
 
 
-def build_runner(cfg: Config) -> Runner:
-    """The runner of a config, on the CPU with gloo where ``--launcher pytorch`` finds no GPU."""
+def add_hooks(cfg: Config, *hooks: str | dict) -> None:
+    """Add hooks to ``custom_hooks`` of a config, except those whose type it already names.
+
+    Args:
+        cfg: The config, changed in place.
+        hooks: Types, or configs of hooks.
+    """
+    own = list(cfg.get('custom_hooks') or [])
+    named = {hook.get('type') for hook in own if isinstance(hook, dict)}
+    added = [dict(type=hook) if isinstance(hook, str) else hook for hook in hooks]
+    cfg.custom_hooks = own + [hook for hook in added if hook['type'] not in named]
+
+
+def build_runner(cfg: Config, hooks: Sequence[str | dict] = TEST_HOOKS) -> Runner:
+    """Build the runner of a config; on the CPU with gloo if ``--launcher pytorch`` finds no GPU.
+
+    Args:
+        cfg: The config, whose ``launcher`` is set.
+        hooks: Hooks that are added to those of the config, see :func:`add_hooks`.
+
+    Raises:
+        ConfigError: ``--launcher pytorch`` without torchrun.
+        UnavailableError: Another launcher without a GPU.
+    """
     if cfg.launcher == 'pytorch' and 'RANK' not in os.environ:
-        raise SystemExit('--launcher pytorch needs torchrun: use tools/dist_train.sh or tools/dist_test.sh')
+        raise ConfigError('--launcher pytorch needs torchrun: use tools/dist_train.sh or tools/dist_test.sh')
     if cfg.launcher != 'none' and get_device() == 'cpu':
         if cfg.launcher != 'pytorch':
             require_gpu(f'--launcher {cfg.launcher}')
-        # mmengine would select a GPU for each process.
+        # MMEngine would select a GPU for each process.
         torch.distributed.init_process_group('gloo')
-        atexit.register(torch.distributed.destroy_process_group)  # else its threads may abort the exit
+        atexit.register(torch.distributed.destroy_process_group)  # otherwise its threads may abort the exit
         cfg.setdefault('model_wrapper_cfg', dict(
             type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
             find_unused_parameters=cfg.get('find_unused_parameters', False)))
-    add_checks(cfg)
+    add_hooks(cfg, *hooks)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
+def load_test_checkpoint(runner: Runner) -> None:
+    """Load the checkpoint of a test as ``runner.test()`` does, without testing."""
+    runner.call_hook('before_run')  # EMAHook copies the model here
+    runner.load_or_resume()
+
+
 def progress(items: Iterable, what: str) -> Iterable:
-    """The items, with a bar on the error stream while they are gone through."""
+    """Iterate over items with a progress bar on stderr."""
     return track(items, what, console=Console(stderr=True))
-
-
-@contextmanager
-def faults(work_dir: str) -> Iterator[None]:
-    """End in a message alone where mmasl refuses something, such as a checkpoint or an image, or the disk is full."""
-    try:
-        with plain_errors():
-            yield
-    except OSError as error:
-        if not is_full(error):
-            raise
-        raise SystemExit(str(error if isinstance(error, DiskFullError) else DiskFullError.describe(
-            error, error.filename or 'A file of the run', work_dir))) from None
-
-
-def load_weights(runner: Runner) -> None:
-    """Load the checkpoint of a test, all of which must fit, as ``runner.test()`` would."""
-    runner.register_hook(FitCheck())
-    with faults(runner.work_dir):
-        runner.call_hook('before_run')  # EMAHook copies the model here
-        runner.load_or_resume()

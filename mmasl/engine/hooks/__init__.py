@@ -1,9 +1,10 @@
+"""Hooks for MMEngine's Runner."""
 from .adaptive_asymmetry import AdaptiveAsymmetryHook
-from .checkpoint import AdaptCheckpointHook, FitCheck
+from .checkpoint import AdaptCheckpointHook, CheckStateDictHook
 from .checks import CheckDataHook, CheckFiniteHook
-from .ema import EMAHook
+from .ema import RelativeEMAHook
 from .probability_gap import ProbabilityGapHook
 from .resume import ResumeHook
 
-__all__ = ['AdaptCheckpointHook', 'AdaptiveAsymmetryHook', 'CheckDataHook', 'CheckFiniteHook', 'EMAHook', 'FitCheck',
-           'ProbabilityGapHook', 'ResumeHook']
+__all__ = ['AdaptCheckpointHook', 'AdaptiveAsymmetryHook', 'CheckDataHook', 'CheckFiniteHook', 'CheckStateDictHook',
+           'ProbabilityGapHook', 'RelativeEMAHook', 'ResumeHook']

@@ -1,50 +1,62 @@
-"""Checkpoints: read without executing anything in them, checked against the model, and made to fit where they are of
-another layout or of other classes, as those of the official repository and COCO's for VOC."""
+"""Checks and adapts checkpoints while they are loaded."""
 import logging
 from collections.abc import Mapping, Sequence
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import Runner
 
-from mmasl.errors import CheckpointError
+from mmasl.errors import CheckpointError, ConfigError
 from mmasl.registry import HOOKS
-from mmasl.utils.checkpoint import check_fit, convert_official, is_official, match_rows
+from mmasl.utils.checkpoint import check_state_dict, convert_official, is_official, match_rows
+from mmasl.utils.runner import built_loop, checkpoint_name, is_resuming
 
 
-class FitCheck(Hook):
-    """Refuses checkpoints that do not fit, once other hooks have adapted them. See :func:`check_fit`."""
+@HOOKS.register_module()
+class CheckStateDictHook(Hook):
+    """Refuses checkpoints that do not fit the model, after other hooks have adapted them.
+
+    MMEngine only warns, and continues with initial weights. tools/test.py adds the hook, tools/train.py with
+    ``strict=False``.
+
+    Args:
+        strict: Whether all weights must fit, as for a test. Without, one that fits is enough, as to train from them.
+
+    Raises:
+        CheckpointError: See :func:`mmasl.utils.checkpoint.check_state_dict`.
+    """
     priority = 'LOWEST'
 
-    def __init__(self, whole: bool = True) -> None:
-        self.whole = whole
+    def __init__(self, strict: bool = True) -> None:
+        self.strict = strict
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        check_fit(runner.model, checkpoint, str(runner._load_from), self.whole)
+        check_state_dict(runner.model, checkpoint, checkpoint_name(runner), self.strict)
 
 
 @HOOKS.register_module()
 class AdaptCheckpointHook(Hook):
-    """Makes a checkpoint fit before it is loaded, for training from it (``load_from``) or testing it.
+    """Adapts a checkpoint to the model before it is loaded, to train from it (``load_from``) or to test it.
 
-    - A file of the official repository gets MMEngine's layout, see :func:`convert_official`.
-    - Where the classes of the checkpoint, or their order, differ from those of the data set, the rows of the head go by
-      the names. Those of classes that the checkpoint lacks start training as the model has them, with a warning; a test
-      is refused. So it is with heads that have more of each class than the rows of a linear layer, as queries.
+    - A file of the official repository is converted to MMEngine's layout, see :func:`convert_official`.
+    - If the classes of the checkpoint and of the data set, or their order, differ, the rows of the head are sorted by
+      class name. When training, classes that the checkpoint lacks keep their initial rows, with a warning. A test of
+      such classes is refused. Heads with per-class parameters other than linear rows, such as queries, cannot be
+      sorted: training starts from them as they are, and a test is refused.
 
-    Resuming is left alone.
+    A resumed checkpoint is not changed.
 
     Args:
-        aliases: Names that classes of the data set may have in a checkpoint instead of their own, as in
-            ``dict(aeroplane='airplane')`` for VOC from COCO.
+        aliases: Names in the checkpoint of classes of the data set, such as ``dict(aeroplane='airplane')`` for VOC from
+            COCO.
         head: Name of the last linear layer.
-        by_name: False keeps the rows in their order, for a checkpoint that is known to have the classes of the data set
-            in its order under other names.
+        by_name: False keeps the order of the rows, for a checkpoint whose classes are those of the data set in the same
+            order under other names.
 
     Raises:
-        KeyError: An alias is no class of the data set.
-        CheckpointError: A class that is to be tested is not in the checkpoint, or the head cannot be sorted; or, with
-            ``by_name=False``, the checkpoint has another number of classes.
+        ConfigError: An alias is not a class of the data set.
+        CheckpointError: A class to test is not in the checkpoint, the head cannot be sorted, or, with
+            ``by_name=False``, the numbers of classes differ.
     """
     priority = 'VERY_HIGH'  # before EMAHook, which copies the checkpoint's weights
 
@@ -54,7 +66,7 @@ class AdaptCheckpointHook(Hook):
         self.by_name = by_name
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        if runner._resume:
+        if is_resuming(runner):
             return
         if is_official(checkpoint):
             converted = convert_official(checkpoint)
@@ -65,16 +77,17 @@ class AdaptCheckpointHook(Hook):
         if not source or not target:
             return
         if unknown := self.aliases.keys() - set(target):
-            raise KeyError(f'aliases of AdaptCheckpointHook has {sorted(unknown)}, which are none of the classes of '
-                           f'the data set: {list(target)}')
+            raise ConfigError(f'aliases of AdaptCheckpointHook has {sorted(unknown)}, which are not classes of the '
+                              f'data set: {_listed(target)}')
         if not self.by_name and len(source) != len(target):
-            raise CheckpointError(f'{runner._load_from} has {len(source)} classes and the data set {len(target)}: with '
-                                  'by_name=False of AdaptCheckpointHook they must be the same in the same order')
+            raise CheckpointError(f'{checkpoint_name(runner)} has {len(source)} classes and the data set '
+                                  f'{len(target)}. by_name=False of AdaptCheckpointHook needs the same classes in the '
+                                  'same order')
         if self.by_name and tuple(source) != tuple(target):
             self._match_head(runner, checkpoint, source, target)
 
     def _match_head(self, runner: Runner, checkpoint: dict, source: Sequence[str], target: Sequence[str]) -> None:
-        model = runner.model
+        model, name, training = runner.model, checkpoint_name(runner), built_loop(runner, 'train') is not None
         while hasattr(model, 'module'):  # of DDP and of test-time augmentation
             model = model.module
         own, state, missing = model.state_dict(), checkpoint['state_dict'], list[str]()
@@ -85,11 +98,10 @@ class AdaptCheckpointHook(Hook):
                   and len(target) in own[key].shape]
         others += [key for key in linear if rows and key not in rows]
         if others:
-            text = (f'{runner._load_from} has other classes than the data set, or in another order, and {others[0]} '
-                    'belongs to classes too, but is not the rows of a linear layer, which mmasl.AdaptCheckpointHook '
-                    'sorts by name')
-            if not isinstance(runner._train_loop, BaseLoop):
-                raise CheckpointError(f'{text}: take the config that it was trained with, and its data')
+            text = (f'{name} has other classes than the data set, or another order, and {others[0]} has per-class '
+                    'parameters other than linear rows, which mmasl.AdaptCheckpointHook cannot sort by name')
+            if not training:
+                raise CheckpointError(f'{text}. Use the config and the data that it was trained with')
             print_log(f'{text}: the head starts in the order of the checkpoint', 'current', logging.WARNING)
             return
         for key in rows:
@@ -97,19 +109,18 @@ class AdaptCheckpointHook(Hook):
         if not missing:
             return
         words = f'{len(missing)} of {len(target)} classes are not in the checkpoint'
-        if not isinstance(runner._train_loop, BaseLoop):  # nobody would train their rows
+        if not training:  # their rows would stay random
             unused = sorted(set(source) - set(target))
             raise CheckpointError(
-                f'{runner._load_from} cannot be tested: {words}: {_listed(missing)}. Of its own, the data set lacks '
-                f'{_listed(unused) or "none"}. Take the config of its classes, or say which are the same in aliases of '
-                'mmasl.AdaptCheckpointHook; or, if it is known to have the classes of the data set in their order, '
-                'under other names, set by_name=False there')
-        print_log(f'{words} and start anew: {", ".join(missing[:20])}', 'current', logging.WARNING)
+                f'{name} cannot be tested: {words}: {_listed(missing)}; it has {_listed(unused) or "none"} that the '
+                'data set lacks. Use the config of its classes, name equal classes in aliases of '
+                'mmasl.AdaptCheckpointHook, or set by_name=False there if only the names differ')
+        print_log(f'{words} and start from initial weights: {", ".join(missing[:20])}', 'current', logging.WARNING)
 
     @staticmethod
     def _dataset_classes(runner: Runner) -> Sequence[str] | None:
-        for loop in (runner._train_loop, runner._test_loop, runner._val_loop):
-            if isinstance(loop, BaseLoop):  # the others are not built, and need not be
+        for split in ('train', 'test', 'val'):
+            if loop := built_loop(runner, split):  # type: ignore[arg-type]
                 return getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes')
         return None
 

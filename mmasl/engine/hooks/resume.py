@@ -1,7 +1,7 @@
-"""Interrupted trainings: what makes a killed and resumed run the run that was not killed, bit for bit on one device.
+"""Exact resuming: an interrupted and resumed training equals an uninterrupted one, bit for bit on the CPU.
 
-Checkpoints are written whole or not at all, the draws of every batch and every step follow from the seed and the number
-of the iteration alone, and a checkpoint that cannot be gone on from is not gone on from in silence.
+Checkpoints are written atomically. The random numbers of every batch and every step follow from the seed and the number
+of the iteration. Unusable checkpoints raise an error.
 """
 import os
 import os.path as osp
@@ -17,31 +17,32 @@ from mmengine.dist import broadcast, broadcast_object_list
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import Runner
 from mmengine.utils import mkdir_or_exist
 from torch.utils.data import DataLoader
 
 from mmasl.errors import CheckpointError
 from mmasl.registry import HOOKS
-from mmasl.utils.checkpoint import check_fit, check_resumable
-from mmasl.utils.files import write_whole
+from mmasl.utils.checkpoint import check_resumable, check_state_dict
+from mmasl.utils.files import atomic_write
+from mmasl.utils.runner import built_loop, checkpoint_name, is_resuming
 
-BACKEND = 'mmasl.checkpoint'  # MMEngine's name for the way that files are written
-STATE = 'mmasl_resume'  # of the checkpoint
-DATA, STEP, EPOCH = range(3)  # what is drawn for
+BACKEND = 'mmasl.checkpoint'  # name of CheckpointBackend in MMEngine's registry
+STATE = 'mmasl_resume'  # key in checkpoints
+DATA, STEP, EPOCH = range(3)  # purposes of random numbers
 
 
 class CheckpointBackend(LocalBackend):
-    """Local files for MMEngine's CheckpointHook.
+    """Local files for MMEngine's CheckpointHook, written atomically.
 
-    They are written whole or not at all, see :func:`write_whole`. What the hook removes, before it writes its
-    successor, is kept until :meth:`clear`: with ``max_keep_ckpts=1`` a kill in between would leave nothing.
+    Files that the hook removes before it writes the next checkpoint are kept until :meth:`clear`. With
+    ``max_keep_ckpts=1`` a kill in between would otherwise leave no checkpoint.
     """
-    outdated: set[str] = set()  # of the process; MMEngine makes an instance for each file
+    outdated: set[str] = set()  # shared, because MMEngine makes an instance for each file
 
     def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
         mkdir_or_exist(osp.dirname(filepath))
-        write_whole(filepath, obj)
+        atomic_write(filepath, obj)
         self.outdated.discard(str(filepath))
 
     def remove(self, filepath: str | os.PathLike) -> None:
@@ -49,30 +50,28 @@ class CheckpointBackend(LocalBackend):
 
     @classmethod
     def clear(cls) -> None:
-        """Remove what was to be removed."""
+        """Delete the removed files."""
         while cls.outdated:
             Path(cls.outdated.pop()).unlink(missing_ok=True)
 
 
-register_backend(BACKEND, CheckpointBackend, force=True)
-
-
-# --- draws
-
-
 def seed_draws(*key: int) -> None:
-    """Seed Python, NumPy and PyTorch, on the CPU and the CUDA devices in use, from numbers >= 0 that name the draw."""
+    """Seed Python, NumPy and PyTorch, on the CPU and the CUDA devices in use.
+
+    Args:
+        key: Numbers >= 0 that identify the random numbers.
+    """
     *words, low, high = np.random.SeedSequence(key).generate_state(6).tolist()
     random.seed(words[0])
     np.random.seed(words)
-    # torch.manual_seed takes half a millisecond without a GPU, to note from where it is called.
+    # Not torch.manual_seed, which takes half a millisecond without a GPU to record its caller.
     torch.default_generator.manual_seed(low << 32 | high)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(low << 32 | high)
 
 
 class SeededBatch(list):
-    """Indices that seed the draws of whoever iterates over them: the worker, or the process, that loads the batch."""
+    """Indices of a batch that seed the process that iterates over them: the worker that loads the batch."""
 
     def __init__(self, indices: list, key: tuple[int, ...]) -> None:
         super().__init__(indices)
@@ -82,19 +81,19 @@ class SeededBatch(list):
         seed_draws(*self.key)
         return super().__iter__()
 
-    def __reduce__(self) -> tuple:  # list's own iterates
+    def __reduce__(self) -> tuple:  # list's own would iterate, and seed
         return SeededBatch, (self[:], self.key)
 
 
 class SeededBatches:
-    """A batch sampler whose batches are seeded by their number, so that workers need no state.
+    """A batch sampler that seeds each batch by its number, so that workers need no state.
 
     Args:
         batches: The batch sampler.
 
     Attributes:
         key: Seed and rank.
-        number: Of the next batch, from the start of the training.
+        number: Number of the next batch since the start of the training.
     """
 
     def __init__(self, batches: Any) -> None:
@@ -117,8 +116,16 @@ class SeededBatches:
             number, self.number = self.number, self.number + 1
             yield SeededBatch(batch, (*self.key, DATA, number))
 
-    def pass_over(self, count: int, epoch: int) -> int:
-        """Go on after so many batches of a stream that begins at an epoch, without loading any; returns its epoch."""
+    def skip_batches(self, count: int, epoch: int) -> int:
+        """Continue after a number of batches, without loading them.
+
+        Args:
+            count: Number of batches to skip.
+            epoch: Epoch in which the first of them starts.
+
+        Returns:
+            The epoch of the next batch.
+        """
         self._set_epoch(epoch)
         self._ahead = iter(self.batches)
         for _ in range(count):
@@ -137,70 +144,73 @@ class SeededBatches:
 
 @HOOKS.register_module()
 class ResumeHook(Hook):
-    """Makes a training that is killed and resumed the one that was not killed: same weights, averages, optimizer,
-    schedules and metrics, bit for bit where the device computes so (the CPU does).
+    """Makes a killed and resumed training equal to an uninterrupted one: same weights, averages, optimizer, schedules
+    and metrics, bit for bit on a deterministic device, such as the CPU.
 
-    - Draws of the pipeline, the sampler and the model follow from the seed and the number of the iteration. No state of
-      a generator is needed, nor the same number of workers.
-    - Batches that a checkpoint in the middle of an epoch, or of an endless stream, has behind it are passed over by
-      index.
-    - Checkpoints are written whole or not at all, and an outdated one goes when the new one is there.
-    - Of several processes all take the buffers of the first when a checkpoint is written, which has no others.
-    - The evaluation that follows a checkpoint is made when the run is resumed, also after the last epoch: schedules,
-      the best checkpoint and early stopping depend on it.
-    - What cannot be gone on from is refused: weights alone, another model, optimizer or schedule.
+    - Random numbers of the pipeline, the sampler and the model follow from the seed and the number of the iteration.
+      They need no saved state and do not depend on the number of workers.
+    - After a checkpoint within an epoch, the batches before it are skipped by index.
+    - Checkpoints are written atomically, and outdated ones are deleted after the new one exists.
+    - All ranks take the buffers of rank 0 when a checkpoint is written, which holds no others.
+    - An evaluation that a kill prevented is made on resuming, also after the last epoch: schedules, the best checkpoint
+      and early stopping depend on it.
+    - Checkpoints with weights alone, or of another model, optimizer or schedule, are refused.
 
-    ``tools/train.py`` adds it to every run. Elsewhere, name it in the config.
+    ``tools/train.py`` adds the hook to every run. Under other tools, name it in the config.
+
+    Raises:
+        CheckpointError: See above.
 
     Example:
         >>> custom_hooks = [dict(type='mmasl.ResumeHook')]
     """
-    priority = 'VERY_HIGH'  # other hooks draw too
+    priority = 'VERY_HIGH'  # other hooks use random numbers too
 
     def __init__(self) -> None:
-        self.batches: Any = None  # SeededBatches of the training
+        self.batches: Any = None  # SeededBatches of the training data
         self.key: tuple[int, ...] = ()
-        self._done = 0  # batches of the epoch that a checkpoint has behind it
-        self._evaluated = False  # what has been trained
+        self._done = 0  # batches of the epoch before the checkpoint
+        self._evaluated = False  # whether the present weights have been evaluated
 
     def before_run(self, runner: Runner) -> None:
+        register_backend(BACKEND, CheckpointBackend, force=True)
         for hook in runner.hooks:
             places = (str(runner.work_dir), str(getattr(hook, 'out_dir', None)))
             if isinstance(hook, CheckpointHook) and not (hook.backend_args or hook.file_client_args) and not any(
                     '://' in place for place in places):
                 hook.backend_args = dict(backend=BACKEND)
-        if not isinstance(runner._train_loop, BaseLoop):
+        if not built_loop(runner, 'train'):
             return  # a test
         runner.register_hook(_Evaluation(self))
         loader = runner.train_loop.dataloader
         if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
-            runner.logger.warning('ResumeHook: the training data has no batch sampler, so that a resumed run will not '
-                                  'see the data that it would have seen')
+            runner.logger.warning('ResumeHook: the training data has no batch sampler, so a resumed run will see other '
+                                  'data than an uninterrupted one')
             return
         if not isinstance(loader.batch_sampler, SeededBatches):
-            # Past DataLoader's own guard, as MMDetection's hooks do that change the pipeline; nothing is loaded yet.
+            # DataLoader forbids a new sampler, because its iterator has its own; there is no iterator yet.
             object.__setattr__(loader, 'batch_sampler', SeededBatches(loader.batch_sampler))
         self.batches = loader.batch_sampler
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        if not runner._resume:
+        if not is_resuming(runner):
             return
-        path = str(runner._load_from or 'the checkpoint')
+        path = checkpoint_name(runner)
         check_resumable(checkpoint, path)
-        check_fit(runner.model, checkpoint, path)
+        check_state_dict(runner.model, checkpoint, path)
         check_optimizer(runner, checkpoint, path)
         check_schedules(runner, checkpoint)
         saved, now = checkpoint.get(STATE), self._shape(runner)
         self._evaluated = bool(saved and saved['evaluated'])
         if saved is None:
-            runner.logger.warning(f'{path} was written without mmasl.ResumeHook: training goes on from it, but with '
-                                  'other draws than the run would have made')
+            runner.logger.warning(f'{path} was written without mmasl.ResumeHook: training continues, but with other '
+                                  'random numbers than an uninterrupted run')
             return
         then = {name: saved[name] for name in now}
         if then != now:
-            runner.logger.warning(f'{path} is of a run with {then} and this one has {now}: it goes on, but not as the '
-                                  'run that was not interrupted would have'
-                                  + (', and the epoch that was under way starts again' if saved['done'] else ''))
+            runner.logger.warning(f'{path} is of a run with {then} and this one has {now}: training continues, but '
+                                  'differs from an uninterrupted run'
+                                  + (', and the interrupted epoch starts again' if saved['done'] else ''))
             return
         self._done = saved['done']
 
@@ -211,7 +221,7 @@ class ResumeHook(Hook):
         if self.batches is None:
             return
         self.batches.key = self.key
-        # MMEngine built the samplers with another seed where the config has none and the checkpoint's is resumed.
+        # Without a seed in the config, MMEngine built the samplers before it read the checkpoint's seed.
         sampler: Any
         for sampler in (self.batches.batches, getattr(self.batches, 'sampler', None)):
             if isinstance(getattr(sampler, 'seed', None), int):
@@ -219,9 +229,9 @@ class ResumeHook(Hook):
         if is_endless(runner):
             stream = runner.train_loop.dataloader_iterator
 
-            # MMEngine's own way loads what it passes over, but for some samplers.
+            # MMEngine's own skip_iter loads the skipped data, except with some samplers.
             def skip(count: int) -> None:
-                stream._epoch = self.batches.pass_over(count, 0)
+                stream._epoch = self.batches.skip_batches(count, 0)
 
             stream.skip_iter = skip
 
@@ -232,11 +242,11 @@ class ResumeHook(Hook):
             return
         self.batches.number = loop.iter
         if self._done:
-            self.batches.pass_over(self._done, loop.epoch)
+            self.batches.skip_batches(self._done, loop.epoch)
         self._done = 0
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        CheckpointBackend.clear()  # MMEngine has named the new one in last_checkpoint
+        CheckpointBackend.clear()  # last_checkpoint names the new one by now
         seed_draws(*self.key, STEP, runner.iter)
         self._evaluated = False
 
@@ -251,20 +261,20 @@ class ResumeHook(Hook):
         self._share_buffers(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        self._evaluated = True  # before CheckpointHook writes the checkpoint again, with the best score
+        self._evaluated = True  # before CheckpointHook writes the checkpoint again, with the score
 
     def after_train(self, runner: Runner) -> None:
         CheckpointBackend.clear()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         shape, meta = self._shape(runner), checkpoint['meta']
-        # Of an endless stream MMEngine passes over all batches.
+        # With an endless stream, MMEngine itself skips all batches.
         done = 0 if is_endless(runner) else meta['iter'] - meta['epoch'] * shape['batches']
         checkpoint[STATE] = dict(shape, done=done, evaluated=self._evaluated)
 
     @staticmethod
     def _share_buffers(runner: Runner) -> None:
-        """Give all ranks the buffers that the checkpoint will have, those of the first; batch norm's differ."""
+        """Give all ranks the buffers of rank 0, which the checkpoint will hold. Those of batch norm differ."""
         if runner.world_size > 1:
             averages = [hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook)]
             for model in (runner.model, *averages):
@@ -276,13 +286,13 @@ class ResumeHook(Hook):
 
 
 def is_endless(runner: Runner) -> bool:
-    """Whether the training is by iterations, and not by epochs."""
+    """Whether the training loop counts iterations, not epochs."""
     return hasattr(runner.train_loop, 'dataloader_iterator')
 
 
 class _Evaluation(Hook):
-    """Makes the evaluation that MMEngine makes after a checkpoint is written, and not when a run is resumed from it."""
-    priority = 'LOWEST'  # once all hooks are ready
+    """Evaluates a resumed run before training, if it was killed between a checkpoint and its evaluation."""
+    priority = 'LOWEST'  # after the other hooks are ready
 
     def __init__(self, resume: ResumeHook) -> None:
         self.resume = resume
@@ -298,38 +308,38 @@ class _Evaluation(Hook):
 
 
 def check_optimizer(runner: Runner, checkpoint: dict, path: str) -> None:
-    """Raise where the optimizer is another, or is over other parameters."""
+    """Raise CheckpointError if the checkpoint is of another optimizer, or of other parameters."""
     wrapper, saved = runner.optim_wrapper, checkpoint['optimizer'].get('param_groups')
     if isinstance(wrapper, OptimWrapperDict) or not isinstance(wrapper, OptimWrapper) or saved is None:
-        return  # several, each of which PyTorch checks
-    # Of the settings those that name the algorithm: the others grow with PyTorch's versions.
+        return  # PyTorch checks each of several optimizers
+    # Settings that identify the algorithm; newer PyTorch versions add others.
     now, then = ([(len(group['params']), sorted({'betas', 'momentum', 'alpha', 'rho', 'etas', 'lambd'} & set(group)))
                   for group in groups] for groups in (wrapper.optimizer.param_groups, saved))
     if now != then:
         raise CheckpointError(
             f'{path} has the state of another optimizer than {type(wrapper.optimizer).__name__} over '
-            f'{sum(count for count, _ in now)} parameters: resume with the optim_wrapper that it was trained with, or '
-            'start from its weights: --cfg-options load_from=CHECKPOINT, without --resume')
+            f'{sum(count for count, _ in now)} parameters. Resume with the optim_wrapper that it was trained with, or '
+            'start from its weights (--cfg-options load_from=CHECKPOINT, without --resume)')
 
 
 def check_schedules(runner: Runner, checkpoint: dict) -> None:
-    """Raise where a schedule is another, or of another length.
+    """Raise CheckpointError if a schedule is another, or has another length.
 
-    A checkpoint restores the end of every schedule. With more epochs than before the learning rate would reach its end
-    early and stay there, without a word.
+    A checkpoint restores the end of every schedule. With more epochs than before, the learning rate would silently
+    reach its final value early and stay there.
     """
     schedulers, states = runner.param_schedulers or [], checkpoint.get('param_schedulers', [])
     if isinstance(schedulers, dict):
         schedulers, states = (list(chain(*each.values())) for each in (schedulers, states))
-    cure = ('Resume with its number of epochs, batch size and number of processes, or start a new run from its '
-            'weights: --cfg-options load_from=CHECKPOINT, without --resume.')
+    hint = ('Resume with its number of epochs, batch size and number of processes, or start from its weights '
+            '(--cfg-options load_from=CHECKPOINT, without --resume)')
     if len(schedulers) != len(states):
         raise CheckpointError(f'param_scheduler has {len(schedulers)} schedules by the config and {len(states)} in the '
-                              f'checkpoint. {cure}')
+                              f'checkpoint. {hint}')
     for scheduler, state in zip(schedulers, states):
         for key in ('end', 'total_steps'):
             now, then = getattr(scheduler, key, None), state.get(key)
             if now != then:
                 raise CheckpointError(
                     f'{type(scheduler).__name__} has {key}={now} by the config but {key}={then} in the checkpoint, and '
-                    f'the learning rate would follow the checkpoint. {cure}')
+                    f'the learning rate would follow the checkpoint. {hint}')
