@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from mmengine.dist import barrier, collect_results
 
-from mmasl.evaluation.metrics import MultiLabelMetric, multilabel_metrics
+from mmasl.evaluation.functional import multilabel_metrics
+from mmasl.evaluation.metrics import MultiLabelMetric
 
 from .measure import in_process, in_turn, memory_of_process
 

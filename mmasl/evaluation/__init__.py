@@ -1,0 +1,1 @@
+"""Metrics: pure functions in :mod:`mmasl.evaluation.functional`, evaluators in :mod:`mmasl.evaluation.metrics`."""
