@@ -1,0 +1,1 @@
+"""Data sets, one a module, image transforms and checks of data."""

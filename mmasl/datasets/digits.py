@@ -1,11 +1,12 @@
-"""Scenes of handwritten digits in COCO's layout: real labels, boxes and images without a download.
+"""Generated images of handwritten digits in COCO's layout, with labels and boxes and without a download.
 
-The digits are scikit-learn's copy of the UCI optical recognition set (1,797 samples of 8x8 pixels). A class is a
-digit in a colour ('red 3'), an image is a textured ground with several of them.
+The digits are scikit-learn's copy of the UCI optical recognition set (1,797 samples of 8x8 pixels). A class is a digit
+in a color, such as 'red 3'. An image shows several digits on a textured background.
 """
 import json
 import math
 import shutil
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -13,12 +14,15 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import track
+
+from mmasl.errors import ConfigError, DataError, UnavailableError
 
 COLORS = dict(  # RGB
     red=(235, 40, 45), green=(45, 205, 70), blue=(60, 100, 255), yellow=(250, 225, 40),
     white=(245, 245, 245), pink=(255, 110, 215), cyan=(40, 225, 235), orange=(255, 140, 20))
-FORMAT = 1  # raise it when the same settings give other files
+FORMAT = 1  # increase it when the same settings give other files
 SPLITS = ('train', 'val')
 STAMP = 'digits.json'
 MAX_OVERLAP = 0.1  # of the smaller of two boxes
@@ -27,21 +31,25 @@ PLACE_TRIES, SCENE_TRIES = 32, 200
 
 @cache
 def _samples() -> tuple[np.ndarray, np.ndarray]:
-    """Bitmaps (1797, 8, 8) float32 in [0, 1] and their digits (1797,)."""
+    """Bitmaps (1797, 8, 8), float32 in [0, 1], and their digits (1797,)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError('The handwritten digits come with scikit-learn, which is not installed: '
-                          'pip install "mmasl[demo]"') from error
+        raise UnavailableError('The handwritten digits are part of scikit-learn, which is not installed; run '
+                               'pip install "mmasl[demo]".') from error
     digits = load_digits()
     return (digits.images / 16).astype(np.float32), digits.target
 
 
 @cache
 def handwriting(split: str) -> tuple[np.ndarray, ...]:
-    """Sample numbers of each digit 0-9 in a split: a fixed fifth of every digit is kept for 'val'."""
+    """Sample numbers of each digit 0-9 in a split. A fixed fifth of the samples of each digit belongs to 'val'.
+
+    Raises:
+        ConfigError: The split is unknown.
+    """
     if split not in SPLITS:
-        raise ValueError(f'split is {split!r}; it must be one of {SPLITS}')
+        raise ConfigError(f'split={split!r} is unknown; set one of {SPLITS}.')
     target = _samples()[1]
     rng = np.random.default_rng(0)
     orders = [rng.permutation(np.flatnonzero(target == digit)) for digit in range(10)]
@@ -49,7 +57,7 @@ def handwriting(split: str) -> tuple[np.ndarray, ...]:
 
 
 def _draw_ground(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A dull textured ground, (size, size, 3) float32 RGB: gradient, blotches, strokes and grain."""
+    """Draw a dull textured background, (size, size, 3) float32 RGB: gradient, blotches, strokes and grain."""
     def smooth(cells: int, spread: float) -> np.ndarray:
         return cv2.resize(rng.normal(0, spread, (cells, cells, 3)).astype(np.float32), (size, size),
                           interpolation=cv2.INTER_CUBIC)
@@ -64,7 +72,7 @@ def _draw_ground(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _draw_glyph(rng: np.random.Generator, bitmap: np.ndarray, height: float) -> np.ndarray:
-    """A sample about ``height`` pixels high, turned and sheared a little: opacity (h, w), cropped to its ink."""
+    """Draw a sample about ``height`` pixels high, slightly rotated and sheared: opacity (h, w), cropped to its ink."""
     angle, shear = np.deg2rad(rng.uniform(-12, 12)), rng.uniform(-0.2, 0.2)
     stretch = rng.uniform(0.9, 1.2)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -79,9 +87,9 @@ def _draw_glyph(rng: np.random.Generator, bitmap: np.ndarray, height: float) -> 
 
 
 def _place(rng: np.random.Generator, shapes: list[tuple[int, int]], size: int, reach: float) -> np.ndarray | None:
-    """Random boxes (n, 4) as x1, y1, x2, y2 for shapes (h, w) that hardly overlap, or None if this try failed.
+    """Draw boxes (n, 4) as x1, y1, x2, y2 for shapes (h, w) that hardly overlap; None if there is no place.
 
-    ``reach`` is the share of the free room around a centred box over which its place varies.
+    ``reach`` is the share of the free space around a centered box over which its position varies.
     """
     boxes: np.ndarray = np.empty((0, 4), int)
     for height, width in shapes:
@@ -100,23 +108,23 @@ def _place(rng: np.random.Generator, shapes: list[tuple[int, int]], size: int, r
 
 @dataclass(frozen=True)
 class DigitScenes:
-    """A data set of coloured digits, determined by these settings alone.
+    """Settings of a data set of colored digits. They determine every byte of it.
 
     Args:
-        train, val: Number of images. Image i of a split is the same whatever their number.
-        colors: 1 to 8 colours, hence 10 to 80 classes.
+        train, val: Number of images. Image i of a split does not depend on it.
+        colors: Number of colors, 1 to 8, which gives 10 to 80 classes.
         size: Side of the square images in pixels.
         glyph: Smallest and largest height of a digit in pixels.
-        labels_per_image: Mean number of digits in an image, >= 1, all of different classes.
-        long_tail: Exponent a from 0 to 5: the r-th most frequent class is drawn with weight r^-a; 0 is uniform. Which
-            class has which rank depends on the seed; ``class_weights`` and the files' ``info`` tell.
-        missing: Share in [0, 1] of the training annotations left out. The digits stay in the images, the validation
-            annotations stay complete, and a larger share leaves out those of a smaller one and more.
-        single: One digit in each image, near its middle: for pre-training. ``labels_per_image`` must be 1.
-        seed: Decides everything but the split of the handwriting, which is always the same.
+        labels_per_image: Mean number of digits in an image, >= 1. They belong to different classes.
+        long_tail: Exponent a from 0 to 5. The r-th most frequent class has the weight r^-a; 0 is uniform. The seed
+            determines the ranks of the classes, see ``class_weights`` and ``info`` in the files.
+        missing: Share of the training annotations that are omitted, in [0, 1]. The digits remain in the images, and the
+            validation annotations are complete. A larger share also omits all annotations that a smaller share omits.
+        single: Draw one digit near the center of each image, for pre-training. ``labels_per_image`` must be 1.
+        seed: Determines everything except the split of the handwriting, which is fixed.
 
     Raises:
-        ValueError: A setting is out of its range.
+        ConfigError: A setting is out of its range.
     """
     train: int = 12000
     val: int = 2000
@@ -147,31 +155,38 @@ class DigitScenes:
             ('seed', self.seed >= 0, '>= 0'))
         for name, holds, wanted in rules:
             if not holds:
-                raise ValueError(f'{name} is {getattr(self, name)!r}; it must be {wanted}')
+                raise ConfigError(f'{name} is {getattr(self, name)!r}; it must be {wanted}.')
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes: every digit in the first colour, then in the second, ..."""
+        """Class names: the ten digits in the first color, then in the second, ..."""
         return [f'{color} {digit}' for color in list(COLORS)[:self.colors] for digit in range(10)]
 
     @property
     def _most(self) -> int:
-        """Digits in the fullest images: 1 + Binomial(most - 1, about a half) has the mean ``labels_per_image``."""
+        """Largest number of digits. 1 + Binomial(most - 1, about 1/2) has the mean ``labels_per_image``."""
         return 1 + math.ceil(2 * (self.labels_per_image - 1))
 
     @cached_property
     def class_weights(self) -> np.ndarray:
-        """Weight with which each class is drawn, (10 * colors,) float64 of sum 1."""
+        """Probability with which each class is drawn, float64 (10 * colors,)."""
         ranks = 1 + np.random.default_rng(self.seed).permutation(10 * self.colors)
         weights = ranks ** -float(self.long_tail)
         return weights / weights.sum()
 
     def draw(self, split: str, index: int) -> tuple[np.ndarray, list[dict]]:
-        """Draw image ``index`` (from 0) of a split.
+        """Draw one image.
+
+        Args:
+            split: 'train' or 'val'.
+            index: Number of the image, from 0.
 
         Returns:
-            The image, (size, size, 3) uint8 RGB, and one dict a digit: ``label`` (index into ``classes``), ``bbox``
-            (x, y, w, h in pixels, tight around the ink) and ``handwriting`` (number of scikit-learn's sample).
+            The image, (size, size, 3) uint8 RGB, and one dict for each digit: ``label`` (index into ``classes``),
+            ``bbox`` (x, y, w, h in pixels, tight around the ink) and ``handwriting`` (number of the sample).
+
+        Raises:
+            ConfigError: The split is unknown, or the digits do not fit into the image.
         """
         samples = handwriting(split)
         rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
@@ -186,8 +201,8 @@ class DigitScenes:
             if boxes is not None:
                 break
         else:
-            raise RuntimeError(f'found no place for {count} digits in image {index} of {split}: lower '
-                               f'labels_per_image ({self.labels_per_image}) or raise size ({self.size})')
+            raise ConfigError(f'{count} digits do not fit into image {index} of {split}. Lower labels_per_image '
+                              f'({self.labels_per_image}) or increase size ({self.size}).')
         digits = []
         for label, number, glyph, (x1, y1, x2, y2) in zip(labels, numbers, glyphs, boxes.tolist()):
             ink = np.array(list(COLORS.values())[label // 10]) * rng.uniform(0.85, 1) + rng.uniform(-10, 10, 3)
@@ -197,34 +212,35 @@ class DigitScenes:
         return ground.round().astype(np.uint8), digits
 
     def write(self, root: str | Path, overwrite: bool = False) -> Path:
-        """Write the data set, or do nothing if ``root`` already holds one of the same settings.
+        """Write the data set, or do nothing if ``root`` contains a data set with the same settings.
 
         The layout is COCO's: ``train/*.png``, ``val/*.png`` and ``annotations/instances_{train,val}.json``, with
-        category ids from 1. ``digits.json`` keeps the settings. ``root`` appears only when everything is written.
+        category ids from 1. ``digits.json`` stores the settings. ``root`` appears only when everything is written.
 
         Args:
             root: Folder to create.
-            overwrite: Replace digits of other settings.
+            overwrite: Replace digits with other settings.
 
         Returns:
             ``root``.
 
         Raises:
-            FileExistsError: ``root`` holds digits of other settings, or files that are not ours.
+            DataError: ``root`` contains digits with other settings, or other files.
+            OSError: An image cannot be written.
         """
         root = Path(root)
         stamp = json.loads(json.dumps(dict(format=FORMAT, **asdict(self))))
         if root.exists() and any(root.iterdir()):
             if not (root / STAMP).exists():
-                raise FileExistsError(f'{root} holds other files (no {STAMP}): give a folder of its own to the digits')
+                raise DataError(f'{root} contains other files and no {STAMP}. Give the digits a folder of their own.')
             found = json.loads((root / STAMP).read_text())
             if found == stamp:
                 return root
             if not overwrite:
-                differ = ', '.join(f'{name} {found.get(name)!r} (asked: {stamp[name]!r})'
+                differ = ', '.join(f'{name} {found.get(name)!r} (requested: {stamp[name]!r})'
                                    for name in stamp if found.get(name) != stamp[name])
-                raise FileExistsError(f'{root} holds digits with {differ}: give another folder, or overwrite '
-                                      '(--overwrite)')
+                raise DataError(f'{root} contains digits with {differ}. Give another folder, or overwrite them '
+                                '(--overwrite).')
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root.parent, prefix=f'.{root.name}-') as temporary:
             partial = Path(temporary, root.name)
@@ -241,16 +257,17 @@ class DigitScenes:
         (root / split).mkdir()
         share = self.missing if split == 'train' else 0
         images, annotations, ann_id = [], [], 0
-        for index in tqdm(range(getattr(self, split)), desc=f'{root.name}/{split}', unit='img'):
+        for index in track(range(getattr(self, split)), f'{root.name}/{split}', console=Console(stderr=True),
+                           disable=not sys.stderr.isatty()):
             image, digits = self.draw(split, index)
             name = f'{index + 1:06d}.png'
-            # Uncompressed: three times as quick to decode and to write as the weakest compression.
+            # Without compression, reading and writing are three times as fast as with the weakest compression.
             if not cv2.imwrite(str(root / split / name), image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 0]):
-                raise OSError(f'could not write {root / split / name}: is the disk full?')
+                raise OSError(f'{root / split / name} cannot be written; check the free disk space.')
             images.append(dict(id=index + 1, file_name=name, width=self.size, height=self.size))
-            # A stream of its own, so that the share changes neither the pixels nor the order of what is left out.
-            left_out = np.random.default_rng([self.seed, len(SPLITS), index]).random(len(digits)) < share
-            for digit, skip in zip(digits, left_out):
+            # A separate random stream: the share changes neither the pixels nor the order of the omitted labels.
+            omitted = np.random.default_rng([self.seed, len(SPLITS), index]).random(len(digits)) < share
+            for digit, skip in zip(digits, omitted):
                 ann_id += 1
                 if not skip:
                     annotations.append(dict(

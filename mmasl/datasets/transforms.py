@@ -3,31 +3,33 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmcv.transforms.utils import cache_randomness
 
+from mmasl.errors import ConfigError
 from mmasl.registry import TRANSFORMS
 
 
 @TRANSFORMS.register_module()
 class Cutout(BaseTransform):
-    """Fill a rectangle around a random point of the image with a random colour.
+    """Fill a rectangle around a random point of the image with a random color.
 
-    The rectangle is cut off at the border, so that on average less is hidden than its size. This is ``CutoutPIL`` of
-    the official train.py; MMPretrain's Cutout has one colour, and moves the rectangle inside instead of cutting it.
+    The rectangle is cut off at the border, so its mean area is below the nominal one. The transform is ``CutoutPIL`` of
+    the official train.py. MMPretrain's Cutout uses one color and moves the rectangle inside the image instead.
 
-    Required and modified key: ``img``, uint8 (H, W, 3). The array that comes in is left as it is.
+    Required and modified key: ``img``, uint8 (H, W, 3). The input array is not changed.
 
     Args:
-        size: Sides of the rectangle as a share of the image's, in (0, 1].
+        size: Sides of the rectangle as a share of the sides of the image, in (0, 1].
 
     Raises:
-        ValueError: ``size`` is out of its range.
+        ConfigError: ``size`` is out of its range.
     """
 
     def __init__(self, size: float = 0.5) -> None:
         if not 0 < size <= 1:
-            raise ValueError(f'size={size} must be a share of the side, in (0, 1]')
+            raise ConfigError(f'size={size} is out of range; set a share of the side in (0, 1].')
         self.size = size
 
     def transform(self, results: dict) -> dict:
+        """Apply the transform to ``results['img']``."""
         img = results['img'].copy()
         *center, color = self.draw(*img.shape[:2])
         img[tuple(map(self._extent, center, img.shape))] = color
@@ -36,12 +38,12 @@ class Cutout(BaseTransform):
 
     @cache_randomness
     def draw(self, height: int, width: int) -> tuple[int, int, np.ndarray]:
-        """Row and column of the centre, and a colour."""
+        """Draw row and column of the center, and a color."""
         return np.random.randint(height), np.random.randint(width), np.random.randint(256, size=3)
 
     def _extent(self, center: int, side: int) -> slice:
         half = int(self.size * side + 0.5) // 2
-        # Pillow draws the last row and column too.
+        # Pillow includes the last row and column.
         return slice(max(center - half, 0), center + half + 1)
 
     def __repr__(self) -> str:

@@ -1,69 +1,137 @@
-"""TODO."""
+"""Checks of data sets and annotation files.
+
+The data sets, :class:`mmasl.CheckDataHook` and the tools use them.
+"""
 import json
 import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.dist import is_main_process
+from mmengine.fileio import exists, get
 from mmengine.logging import print_log
 
+from mmasl.errors import DataError
 
-def _cure(dataset: BaseDataset) -> str:
-    cure = 'Get what is missing, or remove it from the annotation file'
-    return cure if dataset.test_mode else (
-        f"{cure}; to train without up to N images, custom_hooks=[dict(type='mmasl.CheckDataHook', skip_unreadable=N)]")
+COCO_LISTS = dict(images='image', categories='category', annotations='annotation')
 
 
-def leaves(dataset: Any) -> Iterator[BaseDataset]:
-    """The data sets that wrappers such as RepeatDataset and ConcatDataset hold, or the data set itself."""
+# ------------------------------------------------------------------------------------------------ files of data sets
+
+def require_file(path: str, what: str, hint: str) -> None:
+    """Raise DataError with the hint unless the file exists."""
+    if not exists(path):
+        raise DataError(f'There is no {what} {path}. {hint}')
+
+
+def require_unique(values: Iterable, where: str) -> None:
+    """Raise DataError for the most frequent value if it occurs more than once."""
+    value, times = max(Counter(values).items(), key=lambda item: item[1], default=(None, 0))
+    if times > 1:
+        raise DataError(f'{where} {value!r} {times} times; each must be unique.')
+
+
+def read_coco_file(path: str, keys: dict[str, Sequence[str]], hint: str,
+                   parse_float: Callable[[str], Any] | None = None) -> dict:
+    """Read a JSON file in COCO's layout.
+
+    Args:
+        path: The file.
+        keys: Keys that every entry of a list must have, such as ``dict(images=('id', 'file_name'))``. Ids and file
+            names must be unique.
+        hint: What to do, for the error messages.
+        parse_float: As in :func:`json.loads`.
+
+    Returns:
+        The content. It has the lists ``images``, ``annotations`` and ``categories``.
+
+    Raises:
+        DataError: The file does not exist, is damaged or of another kind, or an entry lacks a key or is repeated.
+    """
+    require_file(path, 'annotation file', hint)
+    try:
+        # The names of authors in the file of Herbarium 2020 are not all UTF-8.
+        content = json.loads(get(path).decode('utf-8', errors='replace'), parse_float=parse_float)
+    except ValueError as error:
+        raise DataError(f'{path} is not valid JSON ({error}). {hint}') from error
+    found = set(content) if isinstance(content, dict) else set()
+    if lacking := sorted(set(COCO_LISTS) - found):
+        raise DataError(f'{path} is not a file of annotated instances: it lacks {lacking} and has {sorted(found)}. '
+                        f'{hint}')
+    for group, wanted in keys.items():
+        for number, entry in enumerate(content[group]):
+            if absent := [key for key in wanted if key not in entry]:
+                raise DataError(f'{path}: entry {number} of {group}, {str(entry)[:80]}, has no {absent[0]}. {hint}')
+        for key, word in (('id', 'id'), ('file_name', 'file')):
+            if key in wanted:
+                require_unique([entry[key] for entry in content[group]], f'{path} lists {COCO_LISTS[group]} {word}')
+    return content
+
+
+def warn_classes(where: str, what: str, names: Collection[str]) -> None:
+    """Log a warning that names classes, if there are any."""
+    if names:
+        print_log(f'{where} {what} {len(names)} classes: {", ".join(names)}', 'current', logging.WARNING)
+
+
+# ------------------------------------------------------------------------------------------------------ built data sets
+
+def iter_base_datasets(dataset: Any) -> Iterator[BaseDataset]:
+    """Yield the data sets inside wrappers such as RepeatDataset and ConcatDataset, or the data set itself."""
     if isinstance(dataset, BaseDataset):
         yield dataset
     elif isinstance(getattr(dataset, 'datasets', None), (list, tuple)):
         for inner in dataset.datasets:
-            yield from leaves(inner)
+            yield from iter_base_datasets(inner)
     elif hasattr(dataset, 'dataset'):
-        yield from leaves(dataset.dataset)
+        yield from iter_base_datasets(dataset.dataset)
 
 
 def check_same_classes(classes: dict[str, Sequence[str]]) -> None:
-    """Raise ValueError where two data sets (config key: class names) do not have the same classes in one order."""
+    """Raise DataError if two data sets have different classes or another order.
+
+    Args:
+        classes: Class names by the config key of the data set.
+    """
     (first, ours), *rest = classes.items() if classes else [(None, ())]
     for key, other in rest:
         for index, (a, b) in enumerate(zip_longest(ours, other, fillvalue='no class')):
             if a != b:
-                raise ValueError(f'class {index} is {a!r} in {first} and {b!r} in {key}, so that one would be '
-                                 'evaluated as the other: give both the same metainfo=dict(classes=[...])')
+                raise DataError(f'Class {index} is {a!r} in {first} and {b!r} in {key}. Set the same '
+                                'metainfo=dict(classes=[...]) in both.')
 
 
-def check_samples(dataset: BaseDataset, num_classes: int | None, key: str, spare: int = 0) -> None:
-    """Raise for the first label that is no class, and for image files that do not exist.
+def check_samples(dataset: BaseDataset, num_classes: int | None, key: str, max_missing: int = 0) -> None:
+    """Raise for the first label that is out of range, and for image files that do not exist.
 
-    The folders are listed once each; images of another file system than the local one, and those of
-    :class:`mmasl.OpenImages`, of which there may be nine million, are left to the loaders.
+    Lists each folder once. Skips images on remote file systems. Skips a data set whose attribute ``samples_checked`` is
+    true: it checks labels while it reads them, and has too many images to list.
 
     Args:
         dataset: The data set.
-        num_classes: Of the data set; None: labels are not looked at.
-        key: Of the data set in the config, for the message.
-        spare: Number of images that may be missing.
+        num_classes: Number of its classes; None: labels are not checked.
+        key: Config key of the data set, for the message.
+        max_missing: Number of missing images that give a warning instead of an error.
+
+    Raises:
+        DataError: A label is out of range, or more images are missing.
     """
-    if type(dataset).__module__ == 'mmasl.datasets.open_images':
-        return  # which has checked its labels while reading
+    if getattr(dataset, 'samples_checked', False):
+        return
     listed, missing = {}, []
     for info in map(dataset.get_data_info, range(len(dataset))):
         path = info.get('img_path')
         labels = torch.as_tensor(info['gt_label'] if info.get('gt_label') is not None else []).reshape(-1)
         if num_classes and ((labels < 0) | (labels >= num_classes)).any():
-            raise ValueError(f'{path} in {key} has gt_label={info["gt_label"]}, and there are {num_classes} classes: '
-                             f'labels lie in 0 ... {num_classes - 1}')
+            raise DataError(f'{path} in {key} has gt_label={info["gt_label"]}. Labels of {num_classes} classes must be '
+                            f'within 0 ... {num_classes - 1}.')
         if not isinstance(path, str) or ':' in path.split('/')[0]:
             continue
         folder, name = os.path.split(path)
@@ -73,30 +141,39 @@ def check_samples(dataset: BaseDataset, num_classes: int | None, key: str, spare
             missing.append(path)
     if missing:
         message = f'{len(missing)} of {len(dataset)} images of {key} are missing, the first is {missing[0]}'
-        if len(missing) > spare:
-            raise FileNotFoundError(f'{message}. {_cure(dataset)}')
-        print_log(f'{message}; others take their place', 'current', logging.WARNING)
+        if len(missing) > max_missing:
+            raise DataError(f'{message}. {missing_image_hint(dataset)}')
+        print_log(f'{message}; other images replace them', 'current', logging.WARNING)
 
 
-def _few(values: Iterable, count: int = 5) -> str:
+def missing_image_hint(dataset: BaseDataset) -> str:
+    """What to do about images of a data set that are missing or unreadable."""
+    hint = 'Restore them, or remove them from the annotation file'
+    return f'{hint}.' if dataset.test_mode else (
+        f"{hint}; to train without up to N images, set custom_hooks=[dict(type='mmasl.CheckDataHook', "
+        'skip_unreadable=N)].')
+
+
+def first_few(values: Iterable, count: int = 5) -> str:
+    """The first values for a message, separated by commas."""
     values = list(values)
     return ', '.join(map(str, values[:count])) + (', ...' if len(values) > count else '')
 
 
-# ------------------------------------------------------------------------------------- the files of MMDetection's COCO
+# --------------------------------------------------------------------------------------- MMDetection's CocoDataset
 
 def check_coco_files(cfg: Config, *splits: str) -> None:
-    """Raise or warn where MMDetection's CocoDataset would leave out or mix up annotations without a word.
+    """Check the annotation files of MMDetection's CocoDataset in a config.
 
-    Its labels are numbered by the classes that the file has, in the file's order, so that a class that is missing, or
-    another order, shifts names. Each file is read once more than without this check.
+    CocoDataset silently skips annotations that do not fit, and numbers its labels by the classes that it finds in the
+    file. A missing class, or another order, therefore shifts the names. The check reads each file once more.
 
     Args:
-        cfg: Of a run; its ``CocoDataset`` entries are looked at, those in wrappers too.
+        cfg: Config of a run. Its ``CocoDataset`` entries are checked, also inside wrappers.
         splits: Of 'train', 'val' and 'test'.
 
     Raises:
-        ValueError: A file is damaged, of other classes, lists an id twice or annotates what it does not list.
+        DataError: See :func:`check_coco_file`; or the evaluator reads a file that does not fit.
     """
     for split in splits if is_main_process() else ():
         loader = cfg.get(f'{split}_dataloader')
@@ -113,15 +190,6 @@ def check_coco_files(cfg: Config, *splits: str) -> None:
                     _check_evaluator(path, other, f'{split}_evaluator.ann_file')
 
 
-def _check_evaluator(path: str, other: str, key: str) -> None:
-    (images, names), (known, found) = ((
-        {image['id'] for image in content['images']}, [category['name'] for category in content['categories']])
-        for content in (json.loads(Path(file).read_bytes()) for file in (path, other)))
-    if images - known or names != found:
-        raise ValueError(f'{key}={other} lacks {len(images - known)} of the {len(images)} images of {path}, whose '
-                         'predictions it is to judge, or has other categories: give both the same file')
-
-
 def _coco_entries(dataset: dict, key: str) -> Iterator[tuple[str, dict]]:
     for number, inner in enumerate(dataset.get('datasets') or ()):
         yield from _coco_entries(inner, f'{key}.datasets.{number}')
@@ -131,89 +199,71 @@ def _coco_entries(dataset: dict, key: str) -> Iterator[tuple[str, dict]]:
         yield key, dataset
 
 
+def _check_evaluator(path: str, other: str, key: str) -> None:
+    hint = f'Set {key} to the file of the data set, {path}.'
+    (images, names), (known, found) = ((
+        {image['id'] for image in content['images']}, [category['name'] for category in content['categories']])
+        for content in (read_coco_file(file, {}, hint) for file in (path, other)))
+    if images - known or names != found:
+        raise DataError(f'{key}={other} lacks {len(images - known)} of the {len(images)} images of {path}, or has '
+                        f'other categories. {hint}')
+
+
 def check_coco_file(path: str, classes: Sequence[str] | None, key: str, filter_cfg: dict) -> None:
-    """Check one file, see :func:`check_coco_files`; warns of boxes that CocoDataset leaves out, with their number.
+    """Check one annotation file of CocoDataset, and warn of boxes that it will skip.
 
     Args:
         path: The annotation file.
-        classes: ``metainfo.classes`` of the data set; None for COCO's 80.
-        key: Of the data set in the config, for the message.
-        filter_cfg: Of the data set: ``min_size`` and ``filter_empty_gt``.
+        classes: ``metainfo.classes`` of the data set; None: the 80 classes of COCO.
+        key: Config key of the data set, for the messages.
+        filter_cfg: ``filter_cfg`` of the data set.
+
+    Raises:
+        DataError: The file is damaged, has other classes or another order, repeats an id, annotates images or
+            categories that it does not list, or ``filter_cfg`` removes all images.
     """
     if classes is None:
         from mmdet.datasets import CocoDataset
         classes = CocoDataset.METAINFO['classes']
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f'{path} is not a whole JSON file ({error}): get it again') from None
-    lacks = {'images', 'annotations', 'categories'} - set(content if isinstance(content, dict) else ())
-    if lacks:
-        raise ValueError(f'{path} is no COCO instances file: it lacks {sorted(lacks)}. Give instances_*.json')
-    check_entries(content, path, dict(images=('id', 'file_name', 'width', 'height'), categories=('id', 'name'),
-                                      annotations=('id', 'image_id', 'category_id')))
+    content = read_coco_file(path, dict(images=('id', 'file_name', 'width', 'height'), categories=('id', 'name'),
+                                        annotations=('id', 'image_id', 'category_id')), 'Get instances_*.json again.')
     names = [category['name'] for category in content['categories']]
     if absent := [name for name in classes if name not in names]:
-        raise ValueError(f'{len(absent)} of the {len(classes)} classes of {key} are not in {path}: {_few(absent)}. The '
-                         f'labels of the others would be shifted. The file has {_few(names)}: set '
-                         'metainfo=dict(classes=(...)) to names of the file, in its order')
+        raise DataError(f'{len(absent)} of the {len(classes)} classes of {key} are not in {path}: {first_few(absent)}. '
+                        f'Set metainfo=dict(classes=(...)) to names of the file, in its order: {first_few(names)}.')
     order = [name for name in names if name in set(classes)]
     if order != list(classes):
         index = next(i for i, (a, b) in enumerate(zip(order, classes)) if a != b)
-        raise ValueError(f'class {index} of {key} is {classes[index]!r} and that of {path} is {order[index]!r}, and '
-                         'CocoDataset numbers classes by the file: give metainfo=dict(classes=(...)) in its order')
+        raise DataError(f'Class {index} of {key} is {classes[index]!r}, but {order[index]!r} in {path}. Set '
+                        'metainfo=dict(classes=(...)) in the order of the file; CocoDataset numbers classes by it.')
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
     known = {category['id']: category['name'] in classes for category in content['categories']}
     annotated: set[int] = set()
-    left_out: dict[str, list] = {}
+    skipped: dict[str, list] = {}
     for ann in content['annotations']:
         for name, ids in (('image_id', sizes), ('category_id', known)):
-            if ann.get(name) not in ids:
-                raise ValueError(f'annotation {ann["id"]} in {path} has the unknown {name} {ann.get(name)}, and '
-                                 'CocoDataset would leave it out: correct it or remove it')
+            if ann[name] not in ids:
+                raise DataError(f'Annotation {ann["id"]} in {path} has the unknown {name} {ann[name]}. Correct or '
+                                'remove it; CocoDataset would skip it silently.')
         if known[ann['category_id']]:
             annotated.add(ann['image_id'])
         box = ann.get('bbox')
         if not isinstance(box, list) or len(box) != 4:
-            raise ValueError(f'annotation {ann["id"]} in {path} has bbox={box}: give [x, y, width, height] in pixels')
-        (x, y, w, h), (width, height) = box, sizes[ann['image_id']]
-        fault = ('not finite' if not all(map(math.isfinite, box)) else
-                 'narrower than a pixel' if w < 1 or h < 1 else
-                 'outside of their image' if min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0) else
-                 'of area 0' if ann.get('area', 1) <= 0 else None)
-        if fault:
-            left_out.setdefault(fault, []).append(ann['id'])
+            raise DataError(f'Annotation {ann["id"]} in {path} has bbox={box}; give [x, y, width, height] in pixels.')
+        if fault := _find_box_fault(box, sizes[ann['image_id']], ann.get('area', 1)):
+            skipped.setdefault(fault, []).append(ann['id'])
     if not any(min(size) >= filter_cfg.get('min_size', 0)
                and (image in annotated or not filter_cfg.get('filter_empty_gt')) for image, size in sizes.items()):
-        raise ValueError(f'none of the {len(sizes)} images in {path} is left for {key} by '
-                         f'filter_cfg={dict(filter_cfg)}: correct filter_cfg, or metainfo.classes')
-    for fault, numbers in left_out.items():
-        print_log(f'{len(numbers)} of {len(content["annotations"])} boxes in {path} are {fault} and are left out '
-                  f'(annotations {_few(numbers)})', 'current', logging.WARNING)
+        raise DataError(f'filter_cfg={dict(filter_cfg)} of {key} removes all {len(sizes)} images of {path}. Correct '
+                        'filter_cfg or metainfo.classes.')
+    for fault, numbers in skipped.items():
+        print_log(f'{len(numbers)} of {len(content["annotations"])} boxes in {path} are {fault} and are skipped '
+                  f'(annotations {first_few(numbers)})', 'current', logging.WARNING)
 
 
-def check_entries(content: dict, path: str, keys: dict[str, Sequence[str]]) -> None:
-    """Raise ValueError where an entry of a COCO file lacks a key, or an id or a file name stands there twice.
-
-    Args:
-        content: The file's.
-        path: Of the file, for the message.
-        keys: What every entry of a list must have, such as ``dict(images=('id', 'file_name'))``.
-    """
-    for group, wanted in keys.items():
-        what = dict(images='image', categories='category', annotations='annotation')[group]
-        for number, entry in enumerate(content[group]):
-            for key in wanted:
-                if key not in entry:
-                    raise ValueError(f'{path}: entry {number} of {group}, {str(entry)[:80]}, has no {key}: get the '
-                                     'file again')
-        for key, words in (('id', 'id'), ('file_name', 'file')):
-            if key in wanted:
-                refuse_repeats([entry[key] for entry in content[group]], f'{path} lists {what} {words}')
-
-
-def refuse_repeats(values: Iterable, where: str) -> None:
-    """Raise ValueError for the value that stands there most often, if that is more than once."""
-    value, times = max(Counter(values).items(), key=lambda item: item[1], default=(None, 0))
-    if times > 1:
-        raise ValueError(f'{where} {value!r} {times} times')
+def _find_box_fault(box: list[float], size: tuple[float, float], area: float) -> str | None:
+    (x, y, w, h), (width, height) = box, size
+    return ('not finite' if not all(map(math.isfinite, box)) else
+            'narrower than a pixel' if w < 1 or h < 1 else
+            'outside of their image' if min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0) else
+            'of area 0' if area <= 0 else None)

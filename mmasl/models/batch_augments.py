@@ -1,9 +1,10 @@
-"""MMPretrain's mixup and cutmix for data sets with ignored labels; without any, MMPretrain's own are right.
+"""MMPretrain's Mixup, CutMix and ResizeMix for data sets with ignored labels.
 
-Their mixed label is lam y + (1 - lam) y', and the loss is linear in the label (Eq. 2 of arXiv 2009.14119), so that of
-the mixed image is lam L(y) + (1 - lam) L(y'). But they also mix the number that marks an ignored label.
+MMPretrain's classes mix labels to lam y + (1 - lam) y'. The loss is linear in the label (Eq. 2 of arXiv 2009.14119), so
+the loss of the mixed image is lam L(y) + (1 - lam) L(y'). Without ignored labels that is right. But they also mix the
+number that marks an ignored label; the classes here do not.
 
-MMPretrain looks batch augmentations up in a registry of its own, where the type is the path of the class:
+MMPretrain looks up batch augmentations in a registry of its own. Give the path of the class as the type:
 ``type='mmasl.models.batch_augments.MultiLabelMixup'``.
 """
 from typing import Any
@@ -14,14 +15,14 @@ from torch import Tensor
 
 
 class IgnoredLabels:
-    """A batch augmentation whose mixed label is ignored where either image's is, if that image has a share at all.
+    """Mixin of a batch augmentation that ignores a mixed label if either of its images ignores it.
 
-    Half of a label is unknown, and nothing is known of the sum. An image of share 0, as where the cut patch is empty,
-    takes no label away. A loss that takes ignored labels for negatives (``weight_unannotated``) would make negatives of
-    positives that meet one: for it, let the data set say negative instead.
+    An image with share 0, as for an empty patch, does not count. Do not combine it with a loss that treats ignored
+    labels as negatives (``weight_unannotated``): a positive mixed with an ignored label would become negative. Let the
+    data set set these labels to negative instead.
 
     Args:
-        ignore_index: Value of ``gt_score`` that marks ignored labels, as the loss has it.
+        ignore_index: Value of ``gt_score`` for ignored labels, as in the loss.
     """
 
     def __init__(self, *args: Any, ignore_index: float = -1, **kwargs: Any) -> None:
@@ -29,8 +30,9 @@ class IgnoredLabels:
         self.ignore_index = ignore_index
 
     def __call__(self, batch_inputs: Tensor, batch_score: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix a batch of images (B, 3, H, W) and their labels (B, C)."""
         ignored = batch_score == self.ignore_index
-        # Mixed like a label, the mark becomes the share of the images that it comes from.
+        # The mask is mixed like the labels. It becomes the share of the images that ignore the label.
         marked = torch.cat([batch_score.masked_fill(ignored, 0), ignored], dim=1)
         batch_inputs, marked = super().__call__(batch_inputs, marked)  # type: ignore[misc]  # the augmentation's
         score, unknown = marked.chunk(2, dim=1)

@@ -1,5 +1,4 @@
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from scipy.stats import chisquare
 from mmasl.datasets import digits
 from mmasl.datasets.coco import CocoMultiLabel
 from mmasl.datasets.digits import DigitScenes, handwriting
+from mmasl.errors import ConfigError, DataError, UnavailableError
+from tools import make_digits
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'make_digits.py'
 SMALL = dict(train=6, val=3)
 
 
@@ -213,7 +213,7 @@ def test_same_settings_are_left_alone(tmp_path, monkeypatch):
 def test_other_settings_need_overwrite(tmp_path):
     root = DigitScenes(**SMALL).write(tmp_path / 'digits')
     before = contents(root)
-    with pytest.raises(FileExistsError, match=r'digits with seed 0 \(asked: 7\).*another folder.*--overwrite'):
+    with pytest.raises(DataError, match=r'digits with seed 0 \(requested: 7\).*another folder.*--overwrite'):
         DigitScenes(**SMALL, seed=7).write(root)
     assert contents(root) == before
     DigitScenes(**SMALL, seed=7).write(root, overwrite=True)
@@ -222,7 +222,7 @@ def test_other_settings_need_overwrite(tmp_path):
 
 def test_foreign_files_are_never_touched(tmp_path):
     (tmp_path / 'photo.jpg').write_bytes(b'mine')
-    with pytest.raises(FileExistsError, match='other files.*folder of its own'):
+    with pytest.raises(DataError, match='other files.*folder of their own'):
         DigitScenes(**SMALL).write(tmp_path, overwrite=True)
     assert contents(tmp_path) == {'photo.jpg': b'mine'}
 
@@ -243,7 +243,7 @@ def test_an_unfinished_run_leaves_nothing(tmp_path, monkeypatch, kind):
 
     monkeypatch.setattr(cv2, 'imwrite', imwrite)
     with pytest.raises(KeyboardInterrupt if kind == 'interrupted' else OSError,
-                       match=None if kind == 'interrupted' else '000004.png: is the disk full'):
+                       match=None if kind == 'interrupted' else '000004.png cannot be written'):
         DigitScenes(**SMALL).write(tmp_path / 'new' / 'digits')
     assert list((tmp_path / 'new').iterdir()) == []
 
@@ -266,53 +266,48 @@ def test_an_unfinished_run_leaves_nothing(tmp_path, monkeypatch, kind):
     (dict(seed=-1), r'seed is -1; it must be >= 0'),
 ], ids=str)
 def test_settings_out_of_range(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         DigitScenes(**settings)
 
 
 def test_unknown_split():
-    with pytest.raises(ValueError, match="split is 'test'; it must be one of"):
+    with pytest.raises(ConfigError, match="split='test' is unknown; set one of"):
         DigitScenes().draw('test', 0)
 
 
 def test_scikit_learn_is_asked_for(monkeypatch):
     digits._samples.cache_clear()
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
-    with pytest.raises(ImportError, match=r'scikit-learn.*pip install "mmasl\[demo\]"'):
+    with pytest.raises(UnavailableError, match=r'scikit-learn.*pip install "mmasl\[demo\]"'):
         digits._samples()
 
 
 # ----------------------------------------------------------------------------------------------------------- tool
 
-def run_tool(monkeypatch, *args: str) -> None:
-    monkeypatch.setattr(sys, 'argv', [str(TOOL), *args])
-    runpy.run_path(str(TOOL), run_name='__main__')
-
-
-def test_tool_writes_what_the_class_writes(tmp_path, monkeypatch, capsys):
+def test_tool_writes_what_the_class_writes(tmp_path, capsys):
     flags = ('--train 4 --val 2 --colors 2 --size 48 --glyph 12 20 --labels-per-image 1.5 --long-tail 0.5 '
              '--missing 0.4 --seed 3').split()
-    run_tool(monkeypatch, str(tmp_path / 'tool'), *flags)
+    make_digits.main([str(tmp_path / 'tool'), *flags])
     assert '4 + 2 images, 20 classes' in capsys.readouterr().out
     DigitScenes(train=4, val=2, colors=2, size=48, glyph=(12, 20), labels_per_image=1.5, long_tail=0.5, missing=0.4,
                 seed=3).write(tmp_path / 'class')
     assert contents(tmp_path / 'tool') == contents(tmp_path / 'class')
 
 
-def test_tool_single(tmp_path, monkeypatch):
-    run_tool(monkeypatch, str(tmp_path / 'a'), '--single', '--train', '5', '--val', '1')
+def test_tool_single(tmp_path):
+    make_digits.main([str(tmp_path / 'a'), '--single', '--train', '5', '--val', '1'])
     assert [ann['image_id'] for ann in annotations(tmp_path / 'a')['annotations']] == [1, 2, 3, 4, 5]
 
 
-def test_tool_asks_before_it_replaces(tmp_path, monkeypatch):
+def test_tool_asks_before_it_replaces(tmp_path):
     root, counts = str(tmp_path / 'a'), ['--train', '2', '--val', '1']
-    run_tool(monkeypatch, root, *counts)
-    with pytest.raises(SystemExit, match=r'seed 0 \(asked: 1\).*--overwrite'):
-        run_tool(monkeypatch, root, *counts, '--seed', '1')
-    run_tool(monkeypatch, root, *counts, '--seed', '1', '--overwrite')
+    make_digits.main([root, *counts])
+    with pytest.raises(SystemExit, match=r'seed 0 \(requested: 1\).*--overwrite'):
+        make_digits.main([root, *counts, '--seed', '1'])
+    make_digits.main([root, *counts, '--seed', '1', '--overwrite'])
     assert json.loads((tmp_path / 'a' / 'digits.json').read_text())['seed'] == 1
 
 
-def test_tool_refuses_settings_in_one_line(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match='^colors is 12; it must be 1 to 8$'):
-        run_tool(monkeypatch, str(tmp_path / 'a'), '--colors', '12')
+def test_tool_refuses_settings_in_one_line(tmp_path):
+    with pytest.raises(SystemExit, match='^colors is 12; it must be 1 to 8.$'):
+        make_digits.main([str(tmp_path / 'a'), '--colors', '12'])

@@ -8,6 +8,7 @@ from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
 from mmasl.datasets.herbarium import Herbarium2020, held_out
+from mmasl.errors import ConfigError, DataError
 
 # Category id: images. The ids have gaps and are not in order; species 9 has a single specimen.
 SPECIES = {40: range(100, 110), 3: range(300, 303), 9: [7]}
@@ -100,22 +101,23 @@ def test_the_evaluation_of_the_configs_keeps_no_scores():
 # ----------------------------------------------------------------------------------------------------------- errors
 
 def test_missing_files(root):
-    with pytest.raises(FileNotFoundError, match=r'no annotation file .*other\.json.*kaggle.*digits'):
+    with pytest.raises(DataError, match=r'no annotation file .*other\.json.*kaggle.*digits'):
         load(root, ann_file='other.json')
     (root / 'images' / '000' / '40' / '100.jpg').unlink()
-    with pytest.raises(FileNotFoundError, match=r'no image .*000/40/100\.jpg, the first of .*data_root.*digits'):
+    with pytest.raises(DataError, match=r'no image .*000/40/100\.jpg.*data_root.*digits'):
         load(root)
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda d: d.pop('annotations'), r"lacks \['annotations'\] and has .* the test set's labels are private"),
+    (lambda d: d.pop('annotations'),
+     r"is not a file of annotated instances: it lacks \['annotations'\] and has .* labels of the test set are private"),
     (lambda d: d['images'].append(d['images'][0]), 'lists image id 100 2 times'),
     (lambda d: d['images'][1].update(file_name='images/000/40/100.jpg'),
      "lists image file 'images/000/40/100.jpg' 2 times"),
     (lambda d: d['categories'].append(d['categories'][1]), 'lists category id 3 2 times'),
     (lambda d: d['annotations'].pop(2), 'has no annotation of 1 images, the first has the id 102'),
     (lambda d: d['annotations'].append(dict(id=99, image_id=101, category_id=3)),
-     'annotates image id 101 2 times or more, the last time as annotation 99'),
+     'annotates image id 101 twice, the second time as annotation 99'),
     (lambda d: d['annotations'][4].update(image_id=5), 'has the unknown image_id 5'),
     (lambda d: d['annotations'][4].update(category_id=5), 'has the unknown category_id 5'),
     (lambda d: d['annotations'][4].pop('category_id'), 'has the unknown category_id None'),
@@ -125,24 +127,24 @@ def test_inconsistent_files(root, change, message):
     data = content()
     change(data)
     save(root, data)
-    with pytest.raises(ValueError, match=f'metadata.json {message}'):
+    with pytest.raises(DataError, match=f'metadata.json {message}'):
         load(root)
 
 
 def test_damaged_file(root):
     (root / 'metadata.json').write_text('{"images": [{"id"')
-    with pytest.raises(ValueError, match='metadata.json is not a whole JSON file.*download it again'):
+    with pytest.raises(DataError, match='metadata.json is not valid JSON'):
         load(root)
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(split='test'), r"split is 'test'; it must be one of \('train', 'val', 'all'\)"),
-    (dict(val_fraction=1), 'val_fraction is 1; it must be above 0 and below 1'),
-    (dict(classes=('species 3', )), 'cannot be chosen'),
-    (dict(metainfo=dict(classes=('species 3', ))), 'cannot be chosen'),
+    (dict(split='test'), r"split='test' is unknown; set one of \('train', 'val', 'all'\)"),
+    (dict(val_fraction=1), 'val_fraction=1 is out of range'),
+    (dict(classes=('species 3', )), 'classes cannot be set'),
+    (dict(metainfo=dict(classes=('species 3', ))), 'classes cannot be set'),
 ], ids=str)
 def test_wrong_arguments(root, kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         load(root, **kwargs)
 
 
@@ -150,5 +152,5 @@ def test_nothing_to_hold_out(root):
     data = content()
     data.update(images=data['images'][-1:], annotations=data['annotations'][-1:])
     save(root, data)
-    with pytest.raises(ValueError, match="metadata.json has no image for split 'val'"):
+    with pytest.raises(DataError, match="metadata.json has no image for split='val'"):
         load(root, 'val')

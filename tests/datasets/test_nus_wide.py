@@ -5,6 +5,7 @@ from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
 from mmasl.datasets.nus_wide import CONCEPTS, NUSWide
+from mmasl.errors import ConfigError, DataError
 
 CLOUDS, PERSON, SKY, ZEBRA = (CONCEPTS.index(name) for name in ('clouds', 'person', 'sky', 'zebra'))
 HEADER = 'filepath,label,split_name\n'
@@ -41,7 +42,8 @@ def labels(dataset: NUSWide) -> list[tuple[str, list[int]]]:
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
     found = []
-    monkeypatch.setattr('mmasl.datasets.nus_wide.print_log', lambda message, *_: found.append(message))
+    for module in ('nus_wide', 'validation'):
+        monkeypatch.setattr(f'mmasl.datasets.{module}.print_log', lambda message, *_: found.append(message))
     return found
 
 
@@ -75,9 +77,9 @@ def test_file_paths_start_from_data_prefix(root):
 def test_other_classes_and_warnings(root, warnings):
     assert labels(load(root, classes=['zebra', 'sky', 'dog'])) == [('1', [1]), ('4', [0, 1])]
     path = root / 'nus_wid_data.csv'
-    assert warnings == [f'{path} (train): 2 of 4 images have no label and are left out',
+    assert warnings == [f'{path} (train): 2 of 4 images have no label and are omitted',
                         f'{path} (train) has no image of 1 classes: dog',
-                        f'{path} (train) has labels left out, of 2 classes: clouds, person']
+                        f'{path} (train) has labels that were skipped, of 2 classes: clouds, person']
 
 
 def test_from_a_config(root):
@@ -91,45 +93,45 @@ def test_from_a_config(root):
 def test_a_row_that_is_cut_off_in_its_split(root, warnings):
     save(root, HEADER + ROWS + 'images/7.jpg,"[sky]",tra')
     assert len(load(root)) == 2
-    assert warnings[0].endswith("has rows of other splits than ('train', 'val', 'test'), of ['tra']: is it cut off?")
+    assert warnings[0].endswith("has rows of the unknown splits ['tra']; check that it is not cut off")
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
 
 def test_no_text(root):
     (root / 'nus_wid_data.csv').write_bytes(b'filepath,\xff\xfe')
-    with pytest.raises(ValueError, match='nus_wid_data.csv is no text .*: get it again'):
+    with pytest.raises(DataError, match='nus_wid_data.csv is not a text file .*Download'):
         load(root)
 
 
 def test_missing_files(root):
-    with pytest.raises(FileNotFoundError, match=r'no annotation file .*other\.csv.*MODEL_ZOO.*digits'):
+    with pytest.raises(DataError, match=r'no annotation file .*other\.csv.*MODEL_ZOO.*digits'):
         load(root, ann_file='other.csv')
     (root / 'images' / '1.jpg').unlink()
-    with pytest.raises(FileNotFoundError, match=r'no image .*images/1\.jpg, the first of .*data_prefix.*digits'):
+    with pytest.raises(DataError, match=r'no image .*images/1\.jpg.*data_prefix.*digits'):
         load(root)
 
 
 @pytest.mark.parametrize('text, message', [
     ('filepath,labels\n1.jpg,sky\n', r"lacks the columns \['label', 'split_name'\] and has \['filepath', 'labels'\]"),
     ('', r"lacks the columns \['filepath', 'label', 'split_name'\] and has None"),
-    (HEADER + ROWS + 'images/7.jpg,[sky, sun],train\n', 'line 8: expected 3 columns, .* in double quotes'),
+    (HEADER + ROWS + 'images/7.jpg,[sky, sun],train\n', 'line 8: expected 3 columns. .* in double quotes'),
     (HEADER + ROWS + 'images/7.jpg,[sky]\n', 'line 8: expected 3 columns'),
     (HEADER + ROWS + 'images/2.jpg,[sky],train\n', "lists 'images/2.jpg' 2 times"),
     (HEADER + ROWS + 'images/7.jpg,"[sky, tram]",train\n',
-     r"labels images/7.jpg with \['tram'\], which are none of the 81 concepts: .*metainfo=dict\(classes="),
-    (HEADER + 'images/1.jpg,[],train\n', "no image of split 'train' in .* has a label of the 81 classes$"),
+     r"labels images/7.jpg with \['tram'\], which are not among the 81 concepts. .*metainfo=dict\(classes="),
+    (HEADER + 'images/1.jpg,[],train\n', "No image of split 'train' in .* a label of the 81 classes. Correct"),
 ], ids=['columns', 'nothing', 'too many', 'too few', 'twice', 'unknown', 'no labels'])
 def test_damaged_files(root, text, message):
     save(root, text)
-    with pytest.raises(ValueError, match=f'nus_wid_data.csv.*{message}' if 'no image' not in message else message):
+    with pytest.raises(DataError, match=f'nus_wid_data.csv.*{message}' if 'No image' not in message else message):
         load(root)
 
 
 def test_wrong_arguments(root):
-    with pytest.raises(ValueError, match=r"split is 'test'; .*nus_wid_data.csv has \['train', 'val'\]"):
+    with pytest.raises(ConfigError, match=r"split='test' is not in .*nus_wid_data.csv; set one of \['train', 'val'\]"):
         load(root, 'test')
-    with pytest.raises(ValueError, match="classes has 'sky' 2 times"):
+    with pytest.raises(DataError, match="classes has 'sky' 2 times"):
         load(root, classes=('sky', 'sun', 'sky'))
-    with pytest.raises(ValueError, match=r"no image .* of the 1 classes, but of \['clouds', 'person', 'sky', 'zebra'"):
+    with pytest.raises(DataError, match=r"No image .* of the 1 classes; the labels are \['clouds', 'person'"):
         load(root, classes=('Sky', ))

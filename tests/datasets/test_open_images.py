@@ -17,6 +17,7 @@ from PIL import Image
 
 from mmasl.datasets import open_images
 from mmasl.datasets.open_images import OpenImages
+from mmasl.errors import ConfigError, DataError
 
 HEADER = 'ImageID,Source,LabelName,Confidence\n'
 # Neither images nor classes are in order; /m/0zz is none of the classes, and the last image has no other label.
@@ -258,41 +259,41 @@ def test_the_configs_train_on_human_labels(name, size):
                                     dict(machine_file='other.csv'), dict(description_file='other.csv'),
                                     dict(image_file='other.csv')], ids=str)
 def test_missing_files(root, kwargs):
-    with pytest.raises(FileNotFoundError, match=f'no file {root}/other.csv. .*openimages/web.*digits'):
+    with pytest.raises(DataError, match=f'no file {root}/other.csv. .*openimages/web.*digits'):
         load(root, **kwargs)
 
 
 def test_missing_image(root):
     (root / 'train' / '000a000000000002.jpg').unlink()
-    with pytest.raises(FileNotFoundError, match='no image .*train/000a000000000002.jpg, the first of .*human.csv. Set '
-                                                'data_prefix and img_name.*image_file limits'):
+    message = 'no image .*train/000a000000000002.jpg. Correct data_prefix and img_name, or set image_file'
+    with pytest.raises(DataError, match=message):
         load(root)
 
 
 @pytest.mark.parametrize('file, text, message', [
     ('human.csv', 'ImageID,LabelName,XMin\n', r"lacks the columns \['Confidence'\] and has \['ImageID', 'LabelName', "),
-    ('human.csv', HEADER, 'has no label; get it again'),
+    ('human.csv', HEADER, 'has no label. Download'),
     ('human.csv', HEADER + HUMAN + 'ffb0000000000001,verification', 'is damaged in the 8 lines from 2 on .*at row 8'),
     ('human.csv', HEADER + HUMAN + 'ffb0000000000001,verification,/m/0cat,yes', 'is damaged .*yes.* at row 7'),
     ('human.csv', HEADER + HUMAN + 'ffb0000000000001,machine,/m/0cat,0.6',
-     'line 9: Confidence 0.6 is neither 1 .* machine_file'),
+     'line 9: Confidence 0.6 is neither 1 .* Set machine_file'),
     ('human.csv', HEADER + HUMAN + 'ffb000000000000001,x,/m/0cat,1', "image id 'ffb00000000000000' is not 16 hexa"),
     ('human.csv', HEADER + 'ffb,x,/m/0cat,1', "image id 'ffb' is not 16 hexadecimal digits"),
     ('human.csv', HEADER + 'ffb000000000000x,x,/m/0cat,1', "image id 'ffb000000000000x' is not 16 hexadecimal"),
     ('human.csv', HEADER + 'ffb 00 0000000 0,x,/m/0cat,1', "image id 'ffb 00 0000000 0' is not 16 hexadecimal"),
     ('classes.txt', '/m/0cat\n/m/0dog\n/m/0cat\n', "lists class '/m/0cat' 2 times"),
     ('classes.txt', '', 'lists no class'),
-    ('classes.txt', '/m/0cat\nCrème brûlée\n', "lists class 'Crème brûlée', which is no id: .* and not names"),
-    ('classes.txt', '/m/0none\n', 'no image of .*human.csv has a label of the 1 classes of .*classes.txt$'),
+    ('classes.txt', '/m/0cat\nCrème brûlée\n', "lists class 'Crème brûlée', which is not an id. .*, not names"),
+    ('classes.txt', '/m/0none\n', r'No image of .*human.csv has a label of the 1 classes of .*classes.txt\.$'),
     ('names.csv', '/m/0sky,Sky\n', r"4 classes of .*classes.txt are not in .*names.csv, the first is '/m/0cat'"),
     ('images.csv', 'ffb0000000000001\nffb0000000000001\n', "lists image id 'ffb0000000000001' 2 times"),
     ('images.csv', 'ffb0000000000001.jpg\n', "image id 'ffb0000000000001.' is not 16 hexadecimal"),
-    ('images.csv', 'ffb0000000000001\nffb000000000000é\n', "lists image id 'ffb000000000000é', which is no id"),
-    ('images.csv', '0000000000000000\n', 'no image .*classes.txt and is in .*images.csv'),
+    ('images.csv', 'ffb0000000000001\nffb000000000000é\n', "lists image id 'ffb000000000000é', which is not an id"),
+    ('images.csv', '0000000000000000\n', 'No image .*classes.txt and is in .*images.csv'),
 ])
 def test_damaged_files(root, file, text, message):
     (root / file).write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(DataError, match=message) as error:
         load(root, description_file='names.csv', image_file='images.csv' if file == 'images.csv' else '')
     assert file in str(error.value)
 
@@ -300,28 +301,28 @@ def test_damaged_files(root, file, text, message):
 @pytest.mark.parametrize('kwargs', [dict(class_file='packed'), dict(image_file='packed')], ids=str)
 def test_compressed_lists(root, kwargs):
     (root / 'packed').write_bytes(gzip.compress('\n'.join(CLASSES).encode()))
-    with pytest.raises(ValueError, match=f'{root}/packed lists .* is no id: .*unpack the file if it is compressed'):
+    with pytest.raises(DataError, match=f'{root}/packed lists .* is not an id. .*unpack the file if it is compressed'):
         load(root, **kwargs)
 
 
 def test_a_quote_without_its_other_end(root):
     (root / 'classes.txt').write_text('"' + '/m/0cat\n' * 2**15)
-    with pytest.raises(ValueError, match='classes.txt is no CSV .field larger than .*: get it again'):
+    with pytest.raises(DataError, match='classes.txt is not a CSV file .field larger than .*Download it again'):
         load(root)
 
 
 def test_no_text(root):
     (root / 'human.csv').write_bytes((HEADER + HUMAN).encode() + b'\xff\xfe\n')
-    with pytest.raises(ValueError, match='human.csv is damaged'):
+    with pytest.raises(DataError, match='human.csv is damaged'):
         load(root)
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(unannotated='skip'), "unannotated is 'skip'; it must be 'ignore' or 'negative'"),
-    (dict(min_confidence=0), 'min_confidence is 0; it must be above 0 and at most 1'),
-    (dict(classes=('Dog', )), 'chosen and ordered by class_file'),
-    (dict(metainfo=dict(classes=('Dog', ))), 'chosen and ordered by class_file'),
+    (dict(unannotated='skip'), "unannotated='skip' is unknown; set 'ignore' or 'negative'"),
+    (dict(min_confidence=0), 'min_confidence=0 is out of range'),
+    (dict(classes=('Dog', )), 'classes cannot be set; OpenImages takes them from class_file'),
+    (dict(metainfo=dict(classes=('Dog', ))), 'classes cannot be set; OpenImages takes them from class_file'),
 ], ids=str)
 def test_wrong_arguments(root, kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         load(root, **kwargs)

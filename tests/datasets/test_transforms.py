@@ -7,6 +7,7 @@ from mmengine.registry import TRANSFORMS, DefaultScope
 from PIL import Image, ImageDraw
 
 from mmasl.datasets.transforms import Cutout
+from mmasl.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +60,7 @@ def test_every_place_and_colour_is_as_likely():
 
 @pytest.mark.parametrize('size', [0, -0.5, 1.01, float('nan')])
 def test_wrong_size(size):
-    with pytest.raises(ValueError, match=f'size={size} must be a share'):
+    with pytest.raises(ConfigError, match=f'size={size} is out of range'):
         Cutout(size)
 
 

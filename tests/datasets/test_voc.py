@@ -9,6 +9,7 @@ from mmpretrain.models import ClsDataPreprocessor, MultiLabelClsHead
 from PIL import Image
 
 from mmasl.datasets.voc import VOCMultiLabel
+from mmasl.errors import ConfigError, DataError
 
 CAT, DOG, PERSON = (VOC.METAINFO['classes'].index(name) for name in ('cat', 'dog', 'person'))
 # Image: (class, difficult); None: no such element.
@@ -41,7 +42,7 @@ def root(tmp_path) -> Path:
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
     found = []
-    monkeypatch.setattr('mmasl.datasets.voc.print_log', lambda message, *_: found.append(message))
+    monkeypatch.setattr('mmasl.datasets.validation.print_log', lambda message, *_: found.append(message))
     return found
 
 
@@ -115,7 +116,7 @@ def test_without_annotations(root):
 
 def test_other_classes_have_to_be_named(tmp_path, warnings):
     write(tmp_path, {'a': [('car', 0), ('tram', 0)], 'b': [('bus', 0)]})
-    with pytest.raises(ValueError, match=r"a\.xml has an object of class 'tram'.*metainfo=dict\(classes="):
+    with pytest.raises(DataError, match=r"a\.xml has an object of class 'tram'.*metainfo=dict\(classes="):
         VOCMultiLabel(str(tmp_path), difficult='positive')
     dataset = VOCMultiLabel(str(tmp_path), difficult='positive', metainfo=dict(classes=['tram', 'bus', 'car']))
     assert infos(dataset, 'gt_label') == [[0, 2], [1]]
@@ -127,12 +128,12 @@ def test_left_out_and_empty_classes_are_named(root, warnings):
     assert infos(dataset, 'gt_label') == [[0], [], [], []]
     listed = f'{root}/ImageSets/Main/trainval.txt'
     assert warnings == [f'{listed} has no object of 1 classes: tram',
-                        f'{listed} has objects left out, of 2 classes: cat, person']
+                        f'{listed} has objects that were skipped, of 2 classes: cat, person']
 
 
 def test_no_object_of_the_classes(root):
-    with pytest.raises(ValueError, match=r"no image of .*trainval\.txt has an object of the classes \['Dog'\]; its "
-                                         r"objects are \['cat', 'dog', 'person'\]: correct metainfo"):
+    with pytest.raises(DataError, match=r"No image of .*trainval\.txt has an object of the classes \['Dog'\]. Correct "
+                                        r"metainfo.* the objects are of \['cat', 'dog', 'person'\]"):
         VOCMultiLabel(str(root), difficult='positive', classes=('Dog', ))
 
 
@@ -144,35 +145,35 @@ def test_no_object_of_the_classes(root):
                                         ('JPEGImages/000001.jpg', 'image')])
 def test_missing_files(root, lost, what):
     (root / lost).unlink()
-    with pytest.raises(FileNotFoundError, match=f'There is no {what} .*{lost}. data_root must hold JPEGImages/, '
-                                                'Annotations/ and ImageSets/Main/.*digits'):
+    with pytest.raises(DataError, match=f'There is no {what} .*{lost}. data_root must contain JPEGImages/, '
+                                        'Annotations/ and ImageSets/Main/.*digits'):
         VOCMultiLabel(str(root), difficult='positive')
 
 
 def test_damaged_annotation(root):
     (root / 'Annotations' / '000002.xml').write_text('<annotation><obj')
-    with pytest.raises(ValueError, match='000002.xml is not whole XML.*get it again'):
+    with pytest.raises(DataError, match='000002.xml is not valid XML.*Get it again'):
         VOCMultiLabel(str(root), difficult='positive')
 
 
 def test_an_image_is_listed_twice(root):
     (root / 'ImageSets' / 'Main' / 'trainval.txt').write_text('000001\n000002\n000001\n')
-    with pytest.raises(ValueError, match="trainval.txt lists '.*000001.jpg' 2 times"):
+    with pytest.raises(DataError, match="trainval.txt lists '.*000001.jpg' 2 times"):
         VOCMultiLabel(str(root), difficult='positive')
 
 
 def test_difficult_is_a_flag(root):
     write(root, OBJECTS | {'000003': [('dog', 'yes')]})
-    with pytest.raises(ValueError, match="000003.xml has an object of class 'dog' with difficult='yes', which is 0 or"):
+    with pytest.raises(DataError, match="000003.xml has an object of class 'dog' with difficult='yes'; it must be 0"):
         VOCMultiLabel(str(root), difficult='positive')
 
 
 def test_empty_list(root):
     (root / 'ImageSets' / 'Main' / 'trainval.txt').write_text('')
-    with pytest.raises(ValueError, match='trainval.txt lists no image'):
+    with pytest.raises(DataError, match='trainval.txt lists no image'):
         VOCMultiLabel(str(root), difficult='positive')
 
 
 def test_unknown_choice(root):
-    with pytest.raises(ValueError, match="difficult is 'skip'; it must be 'positive', 'negative' or 'ignore'"):
+    with pytest.raises(ConfigError, match="difficult='skip' is unknown; set 'positive', 'negative' or 'ignore'"):
         VOCMultiLabel(str(root), difficult='skip')

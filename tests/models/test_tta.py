@@ -1,7 +1,5 @@
 """Test-time augmentation of multi-label heads: means and decisions by hand, and a run of tools/test.py --tta."""
 import pickle
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,9 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 import mmasl.models.tta  # noqa: F401
+from mmasl.errors import ConfigError
 from mmasl.ops import posterior
+from tools import test as tool
 
 ROOT = Path(__file__).parents[2]
 ASL = dict(type='mmasl.AsymmetricLoss', gamma_pos=0., gamma_neg=4., clip=0.05)
@@ -93,7 +93,7 @@ def test_a_stock_head_includes_its_threshold():
 
 
 def test_a_head_of_one_label_is_refused():
-    with pytest.raises(TypeError, match='ClsHead is no multi-label head: set tta_model.type to AverageClsScoreTTA'):
+    with pytest.raises(ConfigError, match='ClsHead is not a multi-label head; set tta_model.type to Average'):
         tta_model('ClsHead', dict(type='CrossEntropyLoss'))
 
 
@@ -114,11 +114,7 @@ tta_model = dict(type='mmasl.MultiLabelTTAModel')
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         state = MODELS.build(cfg.model).state_dict()
     torch.save(dict(state_dict={**state, 'head.fc.weight': 5 * torch.randn(10, 128, generator=rng)}), 'w.pth')
-    spec = spec_from_file_location('tools_test', ROOT / 'tools' / 'test.py')
-    tool = module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.setattr(sys, 'argv', 'test.py tiny.py w.pth --tta --work-dir w --out out.pkl'.split())
-    tool.main()
+    tool.main('tiny.py w.pth --tta --work-dir w --out out.pkl'.split())
     predictions = pickle.loads(Path('out.pkl').read_bytes())
     assert len(predictions) == 6
     for prediction in predictions:

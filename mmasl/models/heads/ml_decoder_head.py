@@ -1,53 +1,57 @@
-"""ML-Decoder (arXiv 2111.12933): queries look at the feature map, and each decides a group of classes."""
+"""ML-Decoder (arXiv 2111.12933): queries attend to the feature map, and each predicts a group of classes."""
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmasl.models.heads.feature_map_head import FeatureMapHead, GroupLinear, attention_layer, load_label_embeddings
+from mmasl.errors import ConfigError
 from mmasl.registry import MODELS
+
+from .feature_map_head import FeatureMapHead, GroupLinear, attention_layer
+from .label_embeddings import load_label_embeddings
 
 
 @MODELS.register_module()
 class MLDecoderHead(FeatureMapHead):
-    """ML-Decoder: a decoder layer without self-attention, and the group fully-connected layer.
+    """ML-Decoder: a decoder layer without self-attention, and a group fully-connected layer.
 
-    With features x (tokens of the map), queries q and MHA(q, x) the cross-attention:
+    With the tokens x of the feature map, the queries q and the cross-attention MHA(q, x):
 
     ====  =============================================
     m     relu(W x + b)
-    q_1   LN(q + dropout(q)), where self-attention stood
+    q_1   LN(q + dropout(q)), in place of self-attention
     q_2   LN(q_1 + MHA(q_1, m))
     q_3   LN(q_2 + FFN(q_2))
     out   group fully-connected, see :class:`GroupLinear`
     ====  =============================================
 
-    Weights of the published code (``head.decoder...``) load by their names.
+    State dicts of the published code (``head.decoder...``) load by their names.
 
     Args:
         num_classes, in_channels, loss, thr, topk, init_cfg: See :class:`FeatureMapHead`.
-        num_groups: Queries K, each for ceil(C / K) classes. By default 100, and one for each class where there are
-            fewer than that. ``num_groups=num_classes`` is the paper's full decoding.
+        num_groups: Number of queries K. Each predicts ceil(C / K) classes. The default is min(100, C).
+            ``num_groups=num_classes`` is the paper's full decoding.
         embed_dims: Channels of the queries.
-        num_heads: Heads of the attention.
+        num_heads: Attention heads.
         feedforward_channels: Hidden channels of the feed-forward network.
-        dropout: Probability of dropping, in [0, 1).
-        learnable_queries: Train the queries. By default they stay as drawn, as in the published code: the projections
-            of the attention learn the same.
-        label_embeddings: Zero-shot: one vector a class, see :func:`load_label_embeddings`. They are the queries,
-            through a projection, and all classes share the last layer, so that a checkpoint predicts any classes whose
-            vectors the config names. They are not part of the checkpoint.
+        dropout: Dropout probability, in [0, 1).
+        learnable_queries: Train the queries. By default they are fixed random vectors, as in the published code, since
+            the projections of the attention can learn the same.
+        label_embeddings: One vector a class for zero-shot prediction, see
+            :func:`.label_embeddings.load_label_embeddings`. The projected vectors are the queries, and all classes
+            share the last layer. The vectors are not part of the checkpoint, which therefore predicts any classes whose
+            vectors the config names.
 
     Raises:
-        FileNotFoundError: The file of label embeddings does not exist.
-        ValueError: An argument is out of its range or does not go with another, or the embeddings are not of C classes.
+        ConfigError: An argument is out of its range, or excludes another.
+        DataError: The file of label embeddings does not exist, is damaged, or has other classes.
     """
     official_names = {
         r'wordvec_proj\.': 'word_proj.',
         r'decoder\.embed_standart\.': 'proj.',
         r'decoder\.query_embed\.weight$': 'queries',
-        # Of zero-shot weights (D, 1), where all classes share it; else (K, D, g).
+        # Zero-shot weights are (D, 1), since all classes share them; others are (K, D, g).
         r'decoder\.duplicate_pooling$': ('fc.weight', lambda weight: weight.T if weight.dim() == 2 else weight),
         r'decoder\.duplicate_pooling_bias$': 'fc.bias',
         r'decoder\.layers\.0\.norm1\.': 'norm.',
@@ -78,8 +82,8 @@ class MLDecoderHead(FeatureMapHead):
         self.fc: nn.Module
         if label_embeddings is not None:
             if num_groups is not None or learnable_queries:
-                raise ValueError(f'num_groups={num_groups} and learnable_queries={learnable_queries} do not go with '
-                                 'label_embeddings, which are the queries: leave them out of model.head')
+                raise ConfigError(f'num_groups={num_groups} and learnable_queries={learnable_queries} exclude '
+                                  'label_embeddings, which are the queries; remove them from model.head.')
             vectors = load_label_embeddings(label_embeddings, num_classes)
             self.register_buffer('label_embeddings', vectors, persistent=False)
             width = vectors.shape[1]
@@ -88,13 +92,13 @@ class MLDecoderHead(FeatureMapHead):
         else:
             num_groups = min(100, num_classes) if num_groups is None else num_groups
             if not 1 <= num_groups <= num_classes:
-                raise ValueError(f'num_groups={num_groups} must be from 1 to num_classes={num_classes}: change '
-                                 'model.head.num_groups')
+                raise ConfigError(f'num_groups={num_groups} is out of range; set model.head.num_groups from 1 to '
+                                  f'num_classes={num_classes}.')
             self.queries = nn.Parameter(torch.randn(num_groups, embed_dims), requires_grad=learnable_queries)
             self.fc = GroupLinear(num_groups, embed_dims, num_classes)
 
     def pre_logits(self, feats: Sequence[Tensor]) -> Tensor:
-        """Decoded queries (B, K, embed_dims)."""
+        """Decode the queries, (B, K, embed_dims)."""
         memory = self.proj(self.feature_map(feats).flatten(2).transpose(1, 2)).relu()
         queries = self.word_proj(self.label_embeddings).relu() if self.zero_shot else self.queries
         queries = queries.expand(memory.shape[0], -1, -1)
@@ -102,5 +106,5 @@ class MLDecoderHead(FeatureMapHead):
         return self.layer(queries, memory, memory)
 
     def forward(self, feats: Sequence[Tensor]) -> Tensor:
-        """Logits (B, C) of a backbone's feature maps, of which the last counts."""
+        """Compute logits (B, C) from the last of the backbone's feature maps."""
         return self.fc(self.pre_logits(feats)).flatten(1)

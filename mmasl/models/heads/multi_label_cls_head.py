@@ -1,8 +1,9 @@
-"""TODO."""
+"""MMPretrain's MultiLabelClsHead with calibrated predictions."""
 from mmpretrain.models import heads
 
-from mmasl.models.heads.calibrated_predictions import CalibratedPredictions
 from mmasl.registry import MODELS
+
+from .calibrated_predictions import CalibratedPredictions
 
 
 @MODELS.register_module()

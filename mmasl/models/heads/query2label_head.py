@@ -1,4 +1,4 @@
-"""Query2Label (arXiv 2107.10834): a learned embedding of each label asks the feature map whether the label is there."""
+"""Query2Label (arXiv 2107.10834): a learned embedding of each label attends to the feature map."""
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -8,31 +8,33 @@ import torch
 from mmengine.model import ModuleList
 from torch import Tensor, nn
 
-from mmasl.models.heads.feature_map_head import FeatureMapHead, GroupLinear, attention_layer
+from mmasl.errors import ConfigError
 from mmasl.registry import MODELS
+
+from .feature_map_head import FeatureMapHead, GroupLinear, attention_layer
 
 
 @MODELS.register_module()
 class Query2LabelHead(FeatureMapHead):
-    """Query2Label: transformer encoder and decoder layers, with one linear layer a class at the end.
+    """Query2Label: transformer encoder and decoder layers, followed by one linear layer for each class.
 
-    Positions are added to keys and queries and not to values; so are the label embeddings to the decoder's queries,
-    which start at 0. Defaults are those of the published models on COCO; their weights (``transformer...``) load by
-    name.
+    Position encodings are added to keys and queries, not to values. Label embeddings are added to the queries of the
+    decoder, which start at 0. The defaults are those of the published models on COCO; their state dicts
+    (``transformer...``) load by name.
 
     Args:
         num_classes, in_channels, loss, thr, topk, init_cfg: See :class:`FeatureMapHead`.
-        embed_dims: Channels of the transformer, a multiple of 4, after a 1x1 convolution. By default the map goes in as
-            it is, as in the published models.
-        num_heads: Heads of the attention.
+        embed_dims: Channels of the transformer, a multiple of 4, after a 1x1 convolution. By default there is no
+            convolution, as in the published models.
+        num_heads: Attention heads.
         feedforward_channels: Hidden channels of the feed-forward networks.
         num_encoder_layers, num_decoder_layers: Numbers of layers, >= 0 and >= 1.
-        self_attention: Let the labels look at each other in the decoder's layers, as the paper has it; not in the
-            first, whose queries are 0 still, so that there is nothing to see. The published models go without.
-        dropout: Probability of dropping, in [0, 1).
+        self_attention: Use self-attention between the labels, as in the paper, in all decoder layers except the first,
+            whose queries are 0. The published models do not use it.
+        dropout: Dropout probability, in [0, 1).
 
     Raises:
-        ValueError: An argument is out of its range.
+        ConfigError: An argument is out of its range.
     """
     official_names = {
         r'input_proj\.': 'proj.',
@@ -62,24 +64,24 @@ class Query2LabelHead(FeatureMapHead):
         self.proj = nn.Identity() if embed_dims is None else nn.Conv2d(in_channels, embed_dims, 1)
         embed_dims = in_channels if embed_dims is None else embed_dims
         if embed_dims % 4:
-            raise ValueError(f'embed_dims={embed_dims} must be a multiple of 4, for the sines and cosines of two '
-                             'coordinates: change model.head.embed_dims')
+            raise ConfigError(f'embed_dims={embed_dims} must be a multiple of 4, for sine and cosine of two '
+                              'coordinates; change model.head.embed_dims.')
         if num_decoder_layers < 1 or num_encoder_layers < 0:
-            raise ValueError(f'num_decoder_layers={num_decoder_layers} must be at least 1 and '
-                             f'num_encoder_layers={num_encoder_layers} at least 0: change model.head')
+            raise ConfigError(f'num_decoder_layers={num_decoder_layers} must be at least 1, and num_encoder_layers='
+                              f'{num_encoder_layers} at least 0; change model.head.')
         layer_of = partial(attention_layer, embed_dims=embed_dims, num_heads=num_heads,
                            feedforward_channels=feedforward_channels, dropout=dropout)
         self.encoder = ModuleList(
             layer_of('self_attn', 'norm', 'ffn', 'norm') for _ in range(num_encoder_layers))
-        looks = ('self_attn', 'norm')
+        between_labels = ('self_attn', 'norm')
         self.decoder = ModuleList(
-            layer_of(*looks * (self_attention and n > 0), 'cross_attn', 'norm', 'ffn', 'norm')
+            layer_of(*between_labels * (self_attention and n > 0), 'cross_attn', 'norm', 'ffn', 'norm')
             for n in range(num_decoder_layers))
         self.norm = nn.LayerNorm(embed_dims)
         self.queries = nn.Parameter(torch.randn(num_classes, embed_dims))
         self.fc = GroupLinear(num_classes, embed_dims, num_classes)
 
-        # Where a layer of the published code has no self-attention, it has no norm1 either.
+        # A layer of the published code without self-attention has no norm1 either.
         for n, layer in enumerate(self.decoder):
             official, own, missing = rf'transformer\.decoder\.layers\.{n}\.', f'decoder.{n}.', 2 - layer.num_attn
             self.official_names = self.official_names | {
@@ -87,7 +89,7 @@ class Query2LabelHead(FeatureMapHead):
                 **{official + rf'norm{m}\.': f'{own}norms.{m - 1 - missing}.' for m in range(1 + missing, 4)}}
 
     def pre_logits(self, feats: Sequence[Tensor]) -> Tensor:
-        """Decoded label embeddings (B, C, embed_dims)."""
+        """Decode the label embeddings, (B, C, embed_dims)."""
         x = self.proj(self.feature_map(feats))
         position = sine_position(*x.shape[1:]).to(x)
         x = x.flatten(2).transpose(1, 2)
@@ -99,15 +101,22 @@ class Query2LabelHead(FeatureMapHead):
         return self.norm(labels)
 
     def forward(self, feats: Sequence[Tensor]) -> Tensor:
-        """Logits (B, C) of a backbone's feature maps, of which the last counts."""
+        """Compute logits (B, C) from the last of the backbone's feature maps."""
         return self.fc(self.pre_logits(feats))
 
 
 def sine_position(channels: int, height: int, width: int) -> Tensor:
-    """Sines and cosines of a place in the map, (height * width, channels): half of them of y, then those of x.
+    """Compute the sine position encoding of DETR (arXiv 2005.12872).
 
-    The coordinates run from 1 to the side, scaled to 2 pi; pair k of n has the wavelength 10000^(k / n) (DETR, arXiv
-    2005.12872).
+    The first half of the channels encodes y, the second x. Coordinates run from 1 to the side, scaled to 2 pi. Pair k
+    of n has the wavelength 10000^(k / n).
+
+    Args:
+        channels: Number of channels, a multiple of 4.
+        height, width: Sides of the map.
+
+    Returns:
+        float32 (height * width, channels).
     """
     pairs = channels // 4
     frequency = 10000.**(-torch.arange(pairs) / pairs)

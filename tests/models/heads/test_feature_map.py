@@ -14,8 +14,9 @@ from mmpretrain.structures import DataSample
 from torch import nn
 from torch.testing import assert_close
 
-import mmasl.models.heads.query2label_head  # noqa: F401
-from mmasl.models.heads.feature_map_head import GroupLinear, attention_layer, load_label_embeddings
+from mmasl.errors import ConfigError, DataError
+from mmasl.models.heads.feature_map_head import GroupLinear, attention_layer
+from mmasl.models.heads.label_embeddings import load_label_embeddings
 from mmasl.ops import posterior
 
 SMALL = dict(embed_dims=16, feedforward_channels=32, num_heads=4)
@@ -95,9 +96,10 @@ def test_asl_is_calibrated(name):
     head = build(name, loss=ASL, thr=0.3).eval()
     for sample, row in zip(head.predict((features(), )), head((features(), ))):
         assert_close(sample.pred_score, row.sigmoid(), rtol=0, atol=0)
-        assert_close(sample.calibrated_score, posterior(row, 4., 0.05), rtol=0, atol=0)
-        assert sample.pred_label.tolist() == (posterior(row, 4., 0.05) > 0.3).nonzero()[:, 0].tolist()
-    with pytest.raises(ValueError, match='thr=0.97 is never exceeded'):
+        expected = posterior(row, gamma_neg=4., clip=0.05)
+        assert_close(sample.calibrated_score, expected, rtol=0, atol=0)
+        assert sample.pred_label.tolist() == (expected > 0.3).nonzero()[:, 0].tolist()
+    with pytest.raises(ConfigError, match='thr=0.97 is never exceeded'):
         build(name, loss=ASL, thr=0.97)
 
 
@@ -238,19 +240,19 @@ def test_configs(head, data):
 @every_head
 @pytest.mark.parametrize('shape', [(5, 7, 3, 4), (5, 8), (5, 12, 8)], ids=['channels', 'pooled', 'tokens'])
 def test_other_features_are_refused(name, shape):
-    with pytest.raises(ValueError, match=rf'{re.escape(str(shape))} and needs a map \(B, 8, H, W\): set '
-                                         r'model.head.in_channels .* model.neck=None'):
+    with pytest.raises(ConfigError, match=rf'{re.escape(str(shape))}, expected \(B, 8, H, W\). Set '
+                                          r'model.head.in_channels .* model.neck=None'):
         build(name)((torch.zeros(shape), ))
 
 
 @every_head
 def test_no_class_is_refused(name):
-    with pytest.raises(ValueError, match='num_classes=0 must be at least 1'):
+    with pytest.raises(ConfigError, match='num_classes=0 must be at least 1'):
         build(name, num_classes=0)
 
 
 def test_heads_that_do_not_divide():
-    with pytest.raises(ValueError, match='embed_dims=16 must be a multiple of num_heads=5'):
+    with pytest.raises(ConfigError, match='embed_dims=16 must be a multiple of num_heads=5'):
         build('groups', num_heads=5)
 
 
@@ -305,11 +307,11 @@ class Hostile:
 
 
 def test_label_embeddings_that_are_none(folder):
-    with pytest.raises(FileNotFoundError, match='no file of label embeddings gone.npy: set model.head.label_emb'):
+    with pytest.raises(DataError, match='no file of label embeddings gone.npy. Set model.head.label_emb'):
         load_label_embeddings('gone.npy', 6)
-    with pytest.raises(FileNotFoundError, match='There is no file gone.npz .*--glove'):
+    with pytest.raises(DataError, match='There is no file gone.npz. .*--glove'):
         load_label_embeddings('gone.npz', 6)
-    with pytest.raises(ValueError, match=r"graph.npz is no .npz file with the arrays \['embeddings'\] .*--glove"):
+    with pytest.raises(DataError, match=r"graph.npz is not an .npz file with the arrays \['embeddings'\] .*--glove"):
         load_label_embeddings('graph.npz', 6)
     (folder / 'text.npy').write_text('a 1 2')
     (folder / 'text.pth').write_text('a 1 2')
@@ -318,13 +320,13 @@ def test_label_embeddings_that_are_none(folder):
     np.save('hostile.npy', np.array([Hostile()], object))
     torch.save(dict(a=torch.zeros(6, 2)), 'dict.pth')
     for path in ('text.npy', 'text.pth', 'empty.npz', 'hostile.pth', 'hostile.npy', 'dict.pth'):
-        with pytest.raises(ValueError, match=path):
+        with pytest.raises(DataError, match=path):
             load_label_embeddings(path, 6)
     assert not (folder / 'pwned').exists()
     for source, message in ((np.zeros((7, 3)), r'shape \(7, 3\), but num_classes=6 needs \(6, d\)'),
                             (np.zeros(6), r'shape \(6,\)'), ([[1.], [2., 3.]], 'no array of numbers'),
                             (np.diag([1, 1, np.nan, 1, 1, 1]), 'not finite for class 2')):
-        with pytest.raises(ValueError, match=f'label_embeddings .*{message}'):
+        with pytest.raises(DataError, match=f'label_embeddings .*{message}'):
             load_label_embeddings(source, 6)
 
 

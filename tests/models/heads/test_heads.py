@@ -6,6 +6,7 @@ from mmpretrain.models import heads as stock_heads
 from mmpretrain.structures import DataSample
 from torch.testing import assert_close
 
+from mmasl.errors import ConfigError
 from mmasl.models.heads.calibrated_predictions import calibration_settings
 from mmasl.ops import inverse_posterior, posterior
 
@@ -39,9 +40,10 @@ def test_raw_scores_are_stock_and_decisions_calibrated(name):
     logits = 5 * torch.randn(5, 6)
     for actual, expected, z in zip(head._get_predictions(logits, None), stock._get_predictions(logits, None), logits):
         assert_close(actual.pred_score, expected.pred_score, rtol=0, atol=0)
-        assert_close(actual.calibrated_score, posterior(z, 4., 0.05), rtol=0, atol=0)
+        assert_close(actual.calibrated_score, posterior(z, gamma_neg=4., clip=0.05), rtol=0, atol=0)
         # The derived threshold of p: posterior 1/2 is at p = 0.684.
-        assert actual.pred_label.tolist() == (z > inverse_posterior(0.5, 4., 0.05)).nonzero()[:, 0].tolist()
+        decisive = inverse_posterior(0.5, gamma_neg=4., clip=0.05)
+        assert actual.pred_label.tolist() == (z > decisive).nonzero()[:, 0].tolist()
     for actual, expected in zip(head.predict(features(name)), stock.predict(features(name))):
         assert_close(actual.pred_score, expected.pred_score, rtol=0, atol=0)
         assert actual.calibrated_score.shape == (6, )
@@ -70,12 +72,13 @@ def test_follows_the_loss_as_it_changes():
     head = build('MultiLabelClsHead', loss=ASL | dict(alpha=0.3, detach_focusing=True, gamma_pos=0.5))
     for gamma_neg in (4., 1.):
         head.loss_module.gamma_neg.fill_(gamma_neg)
-        expected = posterior(logits, gamma_neg, 0.05, True, 0.5, 0.3)
+        expected = posterior(logits, gamma_pos=0.5, gamma_neg=gamma_neg, clip=0.05, alpha=0.3, detach_focusing=True)
         for sample, row in zip(head._get_predictions(logits, None), expected):
             assert_close(sample.calibrated_score, row, rtol=0, atol=0)
     head = build('MultiLabelClsHead', loss=ASL | dict(gamma_neg=[0., 1., 2., 3., 4., 5.]))
     got = torch.stack([sample.calibrated_score for sample in head._get_predictions(logits, None)])
-    assert_close(got, torch.stack([posterior(z, float(g), 0.05) for g, z in enumerate(logits.T)], 1), rtol=0, atol=0)
+    expected = torch.stack([posterior(z, gamma_neg=float(g), clip=0.05) for g, z in enumerate(logits.T)], 1)
+    assert_close(got, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -84,14 +87,14 @@ def test_half_precision(dtype):
     sample = head.predict((features('MultiLabelLinearClsHead')[0].to(dtype), ))[0]
     assert (sample.pred_score.dtype, sample.calibrated_score.dtype) == (dtype, torch.float32)
     logits = head((features('MultiLabelLinearClsHead')[0].to(dtype), ))[0]
-    assert_close(sample.calibrated_score, posterior(logits.float(), 4., 0.05), rtol=0, atol=0)
+    assert_close(sample.calibrated_score, posterior(logits.float(), gamma_neg=4., clip=0.05), rtol=0, atol=0)
 
 
 @torch.no_grad()
 def test_thr_is_of_the_posterior_and_topk_as_stock():
     logits = torch.randn(4, 6)
     for sample, z in zip(build('MultiLabelClsHead', thr=0.2)._get_predictions(logits, None), logits):
-        assert sample.pred_label.tolist() == (posterior(z, 4., 0.05) > 0.2).nonzero()[:, 0].tolist()
+        assert sample.pred_label.tolist() == (posterior(z, gamma_neg=4., clip=0.05) > 0.2).nonzero()[:, 0].tolist()
     for sample, z in zip(build('MultiLabelClsHead', topk=2)._get_predictions(logits, None), logits):
         assert sample.pred_label.tolist() == z.topk(2).indices.tolist()
 
@@ -107,12 +110,12 @@ def test_trains_as_stock(name):
 @pytest.mark.parametrize('loss', [dict(type='CrossEntropyLoss', use_sigmoid=True), dict(type='AsymmetricLoss')],
                          ids=lambda loss: loss['type'])
 def test_other_losses_are_refused(name, loss):
-    with pytest.raises(TypeError, match=f"mmpretrain.*{loss['type']} has no posterior .*type='mmasl.AsymmetricLoss'"):
+    with pytest.raises(ConfigError, match=f"mmpretrain.*{loss['type']} has no posterior .*type='mmasl.AsymmetricLoss'"):
         build(name, loss=loss)
 
 
 def test_thresholds_out_of_reach_are_refused():
-    with pytest.raises(ValueError, match=r'thr=0.97 is never exceeded: with clip=0.05\d* .* stays below 0.964'):
+    with pytest.raises(ConfigError, match=r'thr=0.97 is never exceeded: with clip=0.05\d* .* stays below 0.964'):
         build('MultiLabelClsHead', thr=0.97)
     with pytest.raises(ValueError, match='alpha=1.0 leaves one kind of label without weight'):
         build('MultiLabelClsHead', loss=ASL | dict(alpha=1.))
@@ -186,18 +189,18 @@ def test_chunked_head_follows_the_loss_as_it_changes():
         assert_close(head.loss(feats, samples_of(LABELS)), whole.loss(feats, samples_of(LABELS)))
 
 
-@pytest.mark.parametrize('chunk_size, loss, error, message', [
-    (0, ASL, ValueError, 'chunk_size=0 must be 1 class or more'),
-    (4, ASL | dict(reduction='none'), ValueError, "chunk_size=4 needs .*reduction='mean' or 'sum'"),
-    (4, ASL | dict(activated=True), ValueError, 'chunk_size=4 needs a loss of logits .*not activated=True'),
-    (4, dict(type='CrossEntropyLoss', use_sigmoid=True), TypeError, "CrossEntropyLoss .*type='mmasl.AsymmetricLoss'"),
-    (4, ASL | dict(ignore_index=-1, weight_unannotated=0.1), ValueError,
-     'chunk_size=4 does not know .* leave out chunk_size, or weight_unannotated=0.1'),
-    (None, ASL | dict(ignore_index=-1, weight_unannotated=1, gamma_unannotated=7), ValueError,
-     'gamma_unannotated=7.0 leaves no posterior in closed form'),
+@pytest.mark.parametrize('chunk_size, loss, message', [
+    (0, ASL, 'chunk_size=0 is out of range'),
+    (4, ASL | dict(reduction='none'), "chunk_size=4 excludes reduction='none'"),
+    (4, ASL | dict(activated=True), 'chunk_size=4 excludes .*activated=True'),
+    (4, dict(type='CrossEntropyLoss', use_sigmoid=True), "CrossEntropyLoss .*type='mmasl.AsymmetricLoss'"),
+    (4, ASL | dict(ignore_index=-1, weight_unannotated=0.1),
+     'chunk_size=4 excludes weight_unannotated=0.1'),
+    (None, ASL | dict(ignore_index=-1, weight_unannotated=1, gamma_unannotated=7),
+     'gamma_unannotated=7.0 has no posterior in closed form'),
 ], ids=['size', 'none', 'activated', 'cross-entropy', 'unannotated', 'own gamma'])
-def test_what_cannot_be_chunked_is_refused(chunk_size, loss, error, message):
-    with pytest.raises(error, match=message):
+def test_what_cannot_be_chunked_is_refused(chunk_size, loss, message):
+    with pytest.raises(ConfigError, match=message):
         build('MultiLabelLinearClsHead', loss=loss, chunk_size=chunk_size)
 
 
@@ -205,7 +208,7 @@ def test_chunked_head_names_bad_labels_and_arguments():
     head, feats = build('MultiLabelLinearClsHead', chunk_size=4), features('MultiLabelLinearClsHead')
     with pytest.raises(ValueError, match=r'class 6 at \[1\] is out of range, which is 0 to 5'):
         head.loss(feats, samples_of([[0], [6], [], [], []]))
-    with pytest.raises(TypeError, match='with chunk_size=4 the loss takes no weight'):
+    with pytest.raises(TypeError, match='With chunk_size=4 the loss does not accept weight'):
         head.loss(feats, samples_of(LABELS), weight=torch.ones(5))
 
 
