@@ -1,8 +1,7 @@
-"""Loading COCO's and Open Images' annotations: seconds and memory against the size of the file, and what a worker of a
-DataLoader holds of them for itself. The files are generated here.
+"""Time and memory to load the annotations of COCO and Open Images, and memory that DataLoader workers do not share.
 
-The default sizes end at COCO's training set and a tenth of Open Images'; MMASL_FULL=1 in the environment adds all of it
-(9,011,219 images, a CSV of 2.3 GiB).
+The files are generated. The default sizes end at the training set of COCO and a tenth of that of Open Images. Set
+MMASL_FULL=1 in the environment to add the whole (9,011,219 images, a CSV file of 2.3 GiB).
 """
 import csv
 import json
@@ -24,8 +23,8 @@ OPEN_IMAGES_SIZES = (50_000, 200_000, 800_000)
 OPEN_IMAGES_FULL = 9_011_219  # the training set, v1 to v7
 OPEN_IMAGES_CLASSES = 9_605
 READ_BY_A_WORKER = 20_000  # samples
-SLACK = 1.3  # what counts as linear: seconds may grow by this much more than the file
-SHARE = 0.1  # what counts as shared: a worker's own memory may grow by this share of the index's growth
+SLACK = 1.3  # linear cost: time may grow by this factor more than the file
+SHARE = 0.1  # shared index: unshared memory of a worker may grow by this share of the growth of the index
 COLUMNS = ('seconds', 'cpu_seconds', 'peak_mib', 'index_mib', 'forked_worker_mib', 'spawned_worker_mib')
 HEADER = 'ImageID,Source,LabelName,Confidence\n'
 
@@ -33,11 +32,11 @@ HEADER = 'ImageID,Source,LabelName,Confidence\n'
 # --- files
 
 def write_coco(folder: Path, images: int) -> Path:
-    """Write ``instances.json`` as COCO's are: 80 categories, 7.3 instances an image with polygons, 4 kB an image."""
+    """Write ``instances.json`` like COCO's: 80 categories, 7.3 instances with polygons and 4 kB an image."""
     rng = np.random.default_rng(0)
     polygons = [','.join(f'{x:.2f}' for x in rng.uniform(0, 640, 60)) for _ in range(1000)]
     counts = rng.poisson(7.3, images)
-    counts[0] = 1  # so that the first image is kept
+    counts[0] = 1  # keeps the first image, whose file exists
     (folder / f'{0:012}.jpg').touch()
     path, number = folder / 'instances.json', 0
     with open(path, 'w') as file:
@@ -60,15 +59,17 @@ def write_coco(folder: Path, images: int) -> Path:
 
 
 def write_open_images(folder: Path, images: int) -> Path:
-    """Write ``human.csv`` and ``classes.txt`` as those of Open Images: 9,605 classes with a long tail, 1 to 12 labels
-    an image, half of them negative, in lines of 42 bytes. An image's lines are neighbours; the images are in no order,
-    which costs the reader more than the order of the real files would."""
+    """Write ``human.csv`` and ``classes.txt`` like those of Open Images.
+
+    There are 9,605 classes with a long tail and 1 to 12 labels an image, half of them negative, in lines of 42 bytes.
+    The lines of an image are consecutive. The images are not sorted, which is slower to read than the real files.
+    """
     rng = np.random.default_rng(0)
     names = np.array([f'/m/0{number:05x}' for number in range(OPEN_IMAGES_CLASSES)], 'S9')
     (folder / 'classes.txt').write_bytes(b'\n'.join(names.tolist()))
     line = np.dtype([('id', 'S16'), ('source', 'S14'), ('name', 'S9'), ('comma', 'S1'), ('confidence', 'S1'),
                      ('end', 'S1')])
-    # Odd numbers times a number are all different modulo 2^64: ids without a repeat.
+    # Multiples of an odd number are distinct modulo 2^64, so no id repeats.
     ids = np.arange(images, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     (folder / f'{ids.min():016x}.jpg').touch()
     path = folder / 'human.csv'
@@ -80,7 +81,7 @@ def write_open_images(folder: Path, images: int) -> Path:
             lines = np.empty(counts.sum(), line)
             lines['id'] = text.repeat(counts)
             lines['source'], lines['comma'], lines['end'] = ',verification,', ',', '\n'
-            # An image's classes are neighbours from a start with a long tail: no label twice.
+            # Consecutive classes from a random start with a long tail, so no label repeats.
             start = (len(names) ** rng.random(len(part))).astype(np.int64)
             within = np.arange(len(lines)) - (counts.cumsum() - counts).repeat(counts)
             lines['name'] = names[(start.repeat(counts) + within) % len(names)]
@@ -89,7 +90,7 @@ def write_open_images(folder: Path, images: int) -> Path:
     return path
 
 
-# --- what is measured, each in a process of its own
+# --- measurements, each in a separate process
 
 def load_coco(path: Path) -> Dataset:
     from mmasl.datasets.coco import CocoMultiLabel
@@ -114,14 +115,22 @@ def read_csv(path: Path) -> None:
 
 
 def cost(read: str, path: str, workers: bool) -> dict[str, float]:
-    """Seconds and peak memory of a reader of this module, above what the process had before; the size of its index, and
-    with ``workers`` the memory of workers that is theirs alone, by how they start. The processor's seconds depend less
-    on what else the machine does."""
+    """Measure a reader of this module.
+
+    Args:
+        read: Name of the reader.
+        path: File to read.
+        workers: Also measure the unshared memory of forked and spawned workers.
+
+    Returns:
+        Wall-clock and processor seconds, peak memory above that of the process before, and size of the index.
+        Processor seconds depend less on other work of the machine.
+    """
     reader = globals()[read]
     if read.startswith('load'):
-        import mmpretrain.datasets  # noqa: F401, neither its seconds nor its memory count
+        import mmpretrain.datasets  # noqa: F401, excluded from the measurement
     before = memory_of_process('VmRSS')
-    Path('/proc/self/clear_refs').write_text('5')  # VmHWM begins anew
+    Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
     start, cpu_start = time.perf_counter(), time.process_time()
     result = reader(Path(path))
     row = dict(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu_start,
@@ -141,7 +150,7 @@ def _index_bytes(dataset: Any) -> int:
 
 
 class Annotations(Dataset):
-    """A sample's labels without its picture."""
+    """Labels of the samples without their images."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -154,12 +163,12 @@ class Annotations(Dataset):
 
 
 def private_bytes(batch: list) -> int:
-    """What this process has written and shares with no other; a collate function, so that a worker calls it."""
+    """Memory that this process does not share. It is a collate function, so that workers call it."""
     return memory_of_process('Private_Dirty', 'smaps_rollup')
 
 
 def _worker_bytes(dataset: Any, method: str) -> float:
-    """Mean over two workers, after they have read samples from all over the index."""
+    """Mean over two workers after they have read random samples."""
     order = np.random.default_rng(0).permutation(len(dataset))[:2 * READ_BY_A_WORKER].tolist()
     loader = DataLoader(Annotations(dataset), batch_size=500, sampler=order, num_workers=2, collate_fn=private_bytes,
                         multiprocessing_context=method)
@@ -169,7 +178,7 @@ def _worker_bytes(dataset: Any, method: str) -> float:
 # --- the part
 
 def measure(device: str, full: bool = 'MMASL_FULL' in os.environ) -> Iterator[dict]:
-    """A row for each reader and size of a file. It all happens on the CPU, whatever the device."""
+    """Yield a row for each reader and size of a file. All run on the CPU, whatever the device."""
     data = (('COCO', write_coco, COCO_SIZES, dict(load_coco='mmasl.CocoMultiLabel', read_json='json.load')),
             ('Open Images', write_open_images, OPEN_IMAGES_SIZES + (OPEN_IMAGES_FULL, ) * full,
              dict(load_open_images='mmasl.OpenImages', read_csv='csv.reader, keeping nothing')))
@@ -186,25 +195,26 @@ def measure(device: str, full: bool = 'MMASL_FULL' in os.environ) -> Iterator[di
 
 
 def targets(rows: list[dict]) -> list[tuple[str, str, bool]]:
-    def of(data: str, ours: bool = True) -> list[dict[str, float]]:
+    """Judge the cost against ``json.load``, its growth with the file, and the sharing of the index."""
+    def numbers_of(data: str, ours: bool = True) -> list[dict[str, float]]:
         numbers = ('images', 'file_mib', *COLUMNS)
         return [{name: float(row[name]) for name in numbers if row[name] != ''} for row in rows
                 if row['data'] == data and row['reader'].startswith('mmasl') == ours]
 
     result = []
-    ours, floor = of('COCO')[-1], of('COCO', False)[-1]
-    for column, words, unit in (('cpu_seconds', 'seconds', 's'), ('peak_mib', 'memory', 'MiB')):
-        result.append((f"COCO's {ours['images']:,.0f} images in no more {words} than json.load",
+    ours, floor = numbers_of('COCO')[-1], numbers_of('COCO', False)[-1]
+    for column, words, unit in (('cpu_seconds', 'time', 's'), ('peak_mib', 'memory', 'MiB')):
+        result.append((f"COCO, {ours['images']:,.0f} images: no more {words} than json.load",
                        f'{ours[column]:,.1f} {unit} against {floor[column]:,.1f} {unit}',
                        ours[column] <= floor[column]))
     for data in ('COCO', 'Open Images'):
-        first, *_, less, most = of(data)
-        for column, words in (('cpu_seconds', 'seconds'), ('peak_mib', 'memory')):
+        first, *_, less, most = numbers_of(data)
+        for column, words in (('cpu_seconds', 'time'), ('peak_mib', 'memory')):
             growth = most[column] / less[column] / (most['file_mib'] / less['file_mib'])
-            result.append(((f'{data}: from the second largest file to the largest, growth of {words} at most {SLACK} '
-                            'times that of the file'), f'{growth:.2f} times', growth <= SLACK))
+            result.append(((f'{data}, second largest to largest file: {words} grows by at most {SLACK} times the '
+                            'growth of the file'), f'{growth:.2f} times', growth <= SLACK))
         index = most['index_mib'] - first['index_mib']
-        # MMEngine's index, which is COCO's, is copied into spawned workers: 9 MiB beside the 370 of their modules.
+        # Spawned workers copy the index of COCO, which is MMEngine's: 9 MiB beside 370 MiB of modules.
         for method in ('forked', ) if data == 'COCO' else ('forked', 'spawned'):
             own = most[f'{method}_worker_mib'] - first[f'{method}_worker_mib']
             result.append((f'{data}: a {method} worker copies at most {SHARE:.0%} of the index',

@@ -1,7 +1,8 @@
-"""All figures of MultiLabelMetric: at the size of Open Images, against mmpretrain and torchmetrics at that of COCO,
-over growing sizes, and what float16 changes.
+"""Time, memory and accuracy of MultiLabelMetric.
 
-Scores are sigmoids of normal logits, higher where a label is positive; made a batch at a time, from a seed.
+Measures the metric at the size of Open Images, against MMPretrain and torchmetrics at the size of COCO, over growing
+sizes, and with float16. Scores are sigmoids of normal logits with a higher mean for positive labels. Batches are
+generated one at a time from a seed.
 """
 import json
 import tempfile
@@ -30,29 +31,30 @@ COLUMNS = ('case', 'implementation', 'samples', 'classes', 'negatives', 'precisi
 
 
 def measure(device: str) -> Iterator[dict]:
-    """Rows of all parts; all run on the CPU, whatever the device."""
+    """Yield the rows of all measurements. All run on the CPU, whatever the device."""
     yield from compare_at_coco_size()
     yield from compare_precisions()
     yield from sweep()
-    # Of verified labels alone the report keeps so little that float32 costs nothing.
+    # With verified labels only, the metric stores so little that float32 costs nothing.
     for negatives, precision in (('all', 'float16'), ('verified', 'float16'), ('verified', 'float32')):
-        for processes, function in ((1, 'evaluate_report'), (2, 'gather_report')):
+        for processes, function in ((1, 'evaluate_metric'), (2, 'gather_metric')):
             yield row('Open Images', 'mmasl', *OPEN_IMAGES, negatives=negatives, precision=precision,
                       processes=processes, **run(f'{function}(*OPEN_IMAGES, {negatives!r}, {precision!r})'))
 
 
 def targets(rows: list[dict]) -> list[tuple[str, str, bool]]:
-    """Issue 4's: time and memory at the size of Open Images, 10 times the speed of the peers, and linear cost."""
+    """Judge time and memory at the size of Open Images, speed against the peers, and linear cost."""
     results = []
     for x in select(rows, case='Open Images'):
         seconds, peak = float(x['total_s']), float(x['peak_rss_gib'])
         precision = '' if x['precision'] == 'float16' else f'{x["precision"]}, '
-        what = f'Open Images, {x["negatives"]} negatives, {precision}{x["processes"]} processes'
-        results += [(f'{what}: processed, gathered and evaluated in under 180 s', f'{seconds:.0f} s', seconds < 180),
+        count = '1 process' if str(x['processes']) == '1' else f'{x["processes"]} processes'
+        what = f'Open Images, {x["negatives"]} negatives, {precision}{count}'
+        results += [(f'{what}: total time under 180 s', f'{seconds:.0f} s', seconds < 180),
                     (f'{what}: peak RSS under 8 GB (7.45 GiB)', f'{peak:.2f} GiB', peak < 8e9 / GIB)]
         if precision and x['kept_bytes_per_label']:
             kept = float(x['kept_bytes_per_label'])
-            results.append((f'{what}: keeps at most 0.04 bytes a label, a hundredth of float32', f'{kept:.3f}',
+            results.append((f'{what}: stores at most 0.04 bytes a label, a hundredth of float32', f'{kept:.3f}',
                             kept <= 0.04))
     for case, peer in (('COCO, samples', 'mmpretrain'), ('COCO, arrays', 'torchmetrics')):
         times = {x['implementation']: float(x['total_s']) for x in select(rows, case=case)}
@@ -83,19 +85,19 @@ def row(case: str, implementation: str, samples: int, classes: int, **values: An
 
 
 def run(call: str) -> dict[str, Any]:
-    """What a function of this file returns from a process of its own."""
+    """Call a function of this file in a separate process."""
     result = in_process(f'import json\nfrom benchmarks.speed.metrics import *\nprint(json.dumps({call}))')
     return dict(peak_rss_gib=result.pop('peak_rss_bytes') / GIB) | result
 
 
 def make_batches(samples: int, classes: int, negatives: str = 'all', first: int = 0) -> Iterator[list[dict]]:
-    """Samples as a head predicts them, with about 4 positives each, of a long tail of classes.
+    """Generate samples as predicted by a head, with about 4 positives each and a long tail of classes.
 
     Args:
-        samples, classes: How many.
-        negatives: 'all': every other label is a negative, and samples have ``gt_label``; 'verified': about 7 are, the
-            rest is ignored, and samples have ``gt_score``, as from :class:`mmasl.datasets.open_images.OpenImages`.
-        first: Number of the first sample's batch, and seed.
+        samples, classes: Their numbers.
+        negatives: 'all': all other labels are negative, and samples have ``gt_label``; 'verified': about 7 labels are
+            negative, the others are ignored, and samples have ``gt_score``, as in :class:`mmasl.OpenImages`.
+        first: Number of the first batch, which is its seed.
     """
     frequency = torch.arange(1, classes + 1) ** -0.7
     frequency = (frequency * 4 / frequency.sum()).clamp(max=0.5)
@@ -113,8 +115,8 @@ def make_batches(samples: int, classes: int, negatives: str = 'all', first: int 
         yield [dict(pred_score=s, **y) for s, y in zip(scores, labels)]
 
 
-def evaluate_report(samples: int, classes: int, negatives: str = 'all', precision: str = 'float16') -> dict:
-    """Seconds that the metric takes for its samples, and for its figures from them."""
+def evaluate_metric(samples: int, classes: int, negatives: str = 'all', precision: str = 'float16') -> dict:
+    """Measure the seconds to process samples, and to compute the metrics from them."""
     metric = MultiLabelMetric(score_dtype=precision)
     process = fill(metric, make_batches(samples, classes, negatives))
     kept = sum(x.nbytes for x in metric.results) / (samples * classes)
@@ -126,7 +128,7 @@ def evaluate_report(samples: int, classes: int, negatives: str = 'all', precisio
 
 
 def fill(metric: MultiLabelMetric, batches: Iterator[list[dict]]) -> float:
-    """Seconds that ``process`` takes, without those that make the samples."""
+    """Measure the seconds of ``process``, without the generation of the samples."""
     seconds = 0.
     for batch in batches:
         begin = time.perf_counter()
@@ -135,10 +137,10 @@ def fill(metric: MultiLabelMetric, batches: Iterator[list[dict]]) -> float:
     return seconds
 
 
-def gather_report(samples: int, classes: int, negatives: str, precision: str = 'float16') -> dict:
-    """Two gloo processes with half of the samples each: seconds also of mmengine's gather, which goes through files.
+def gather_metric(samples: int, classes: int, negatives: str, precision: str = 'float16') -> dict:
+    """Measure two gloo processes with half of the samples each, including MMEngine's gather through files.
 
-    The peak is that of rank 0, which gathers and evaluates.
+    The peak memory is that of rank 0, which gathers and evaluates.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(gather_on_rank, (folder, samples, classes, negatives, precision), nprocs=2)
@@ -167,7 +169,7 @@ def gather_on_rank(rank: int, folder: str, samples: int, classes: int, negatives
 
 
 def compare_at_coco_size() -> Iterator[dict]:
-    """The peers with the figures that they share with the report: from single samples, and from whole arrays."""
+    """Compare with the peers, with the metrics they share: from single samples, and from whole arrays."""
     batches = list(make_batches(*COCO))
     for batch in batches:
         for sample in batch:
@@ -237,7 +239,7 @@ def stream(collection: Any, batches: list[list[dict]]) -> dict:
 
 
 def compare_precisions() -> Iterator[dict]:
-    """mAP of the same scores in either precision, as they are and where a confident model brings many near 0 and 1."""
+    """Compute the mAP of the same scores in both precisions, also for a confident model with scores near 0 and 1."""
     batches = list(make_batches(*COCO))
     scores = torch.stack([x['pred_score'] for batch in batches for x in batch])
     labels = np.zeros(COCO, np.int8)
@@ -251,10 +253,10 @@ def compare_precisions() -> Iterator[dict]:
 
 
 def sweep() -> Iterator[dict]:
-    """Seconds of the figures, over samples and over classes."""
-    reports = {size: MultiLabelMetric(score_dtype='float16') for size in SWEEP}
-    processed = {size: fill(report, make_batches(*size)) for size, report in reports.items()}
-    times = in_turn({size: partial(report.compute_metrics, report.results) for size, report in reports.items()})
+    """Measure the computation of the metrics over growing numbers of samples and classes."""
+    metrics = {size: MultiLabelMetric(score_dtype='float16') for size in SWEEP}
+    processed = {size: fill(metric, make_batches(*size)) for size, metric in metrics.items()}
+    times = in_turn({size: partial(metric.compute_metrics, metric.results) for size, metric in metrics.items()})
     for size in SWEEP:
         yield row('sweep', 'mmasl', *size, process_s=processed[size], evaluate_s=times[size],
                   total_s=processed[size] + times[size])

@@ -60,8 +60,8 @@ def test_targets():
     assert [reached for *_, reached in metrics.targets(rows('181', '7.5', '0.11', 2))] == [False] * 3 + [True, False]
 
 
-def test_evaluate_report():
-    figures = metrics.evaluate_report(200, 30)
+def test_evaluate_metric():
+    figures = metrics.evaluate_metric(200, 30)
     assert figures['kept_bytes_per_label'] == 2 and 0 < figures['mAP'] < 100
     assert figures['total_s'] == figures['process_s'] + figures['evaluate_s'] > 0
     assert figures.keys() <= set(metrics.COLUMNS)
