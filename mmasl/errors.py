@@ -62,14 +62,14 @@ class DiskFullError(MMASLError, OSError):
         Args:
             error: The error of the system.
             path: File that could not be written.
-            folder: Folder of the file, whose free space is named.
+            folder: Folder of the file, whose free space the message names; '' if unknown.
             size: Size of the file in bytes, if known.
         """
-        free = f'{folder} has {shutil.disk_usage(folder).free / 1e6:,.1f} MB free' if osp.isdir(folder) else ''
-        needed = f'it takes {size / 1e6:,.1f} MB' if size is not None else ''
-        facts = ' and '.join(filter(None, [needed, free]))
-        full = cls(f'{path} could not be written ({os.strerror(error.errno or 0)}): {facts}. Earlier checkpoints are '
-                   'intact: free some space or lower default_hooks.checkpoint.max_keep_ckpts, then continue with '
-                   '--resume.')
+        facts = [f'it takes {size / 1e6:,.1f} MB'] if size is not None else []
+        if osp.isdir(folder):
+            facts.append(f'{folder} has {shutil.disk_usage(folder).free / 1e6:,.1f} MB free')
+        text = f'{path} could not be written ({os.strerror(error.errno or 0)})' + ': ' * bool(facts)
+        full = cls(f'{text}{" and ".join(facts)}. Earlier checkpoints are intact: free some space, or lower '
+                   'default_hooks.checkpoint.max_keep_ckpts, and continue with --resume')
         full.errno = error.errno
         return full

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train with several processes, one a GPU; on the CPU where there is no GPU.
-# Several machines: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each.
+# Train with several processes, one per GPU, or on the CPU if there is no GPU.
+# For several machines, set NNODES, NODE_RANK, MASTER_ADDR and PORT on each.
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: $0 CONFIG GPUS [flags of train.py]" >&2

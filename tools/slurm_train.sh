@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train as a Slurm job. GPUS, GPUS_PER_NODE, CPUS_PER_TASK and SRUN_ARGS set its size.
+# Train as a Slurm job. Set its size with GPUS, GPUS_PER_NODE, CPUS_PER_TASK and SRUN_ARGS.
 set -euo pipefail
 if [ $# -lt 4 ]; then
     echo "usage: $0 PARTITION JOB_NAME CONFIG WORK_DIR [flags of train.py]" >&2

@@ -1,4 +1,4 @@
-"""tools/train.py and tools/test.py: flags, refusals before anything is built, and small runs of both families."""
+"""tools/train.py and tools/test.py: flags, errors before anything is built, and small runs of both families."""
 import errno
 import json
 import os
@@ -7,29 +7,23 @@ import re
 import socket
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 
+from mmasl.errors import ConfigError, DataError, DiskFullError, MMASLError, UnavailableError
+from mmasl.reproduce.experiments import digits_of
 from mmasl.utils import tools as cli
 from mmasl.utils.checkpoint import read_checkpoint
+from tools import make_digits
+from tools import test as TEST
+from tools import train as TRAIN
 
 ROOT = Path(__file__).parents[2]
-
-
-def load_tool(name: str):
-    spec = spec_from_file_location(f'tools_{name}', ROOT / 'tools' / f'{name}.py')
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOLS = {name: load_tool(name) for name in ('train', 'test')}
-TRAIN, TEST = TOOLS['train'], TOOLS['test']
+TOOLS = dict(train=TRAIN, test=TEST)
 
 CONFIG = """
 default_scope = 'mmdet'
@@ -71,9 +65,10 @@ def configure(tool: str, *argv: str):
 
 
 def refusal(tool: str, *argv: str) -> str:
-    with pytest.raises(SystemExit) as stop:
+    """The message of an error, or the exit code of argparse."""
+    with pytest.raises((MMASLError, SystemExit)) as stop:
         configure(tool, *argv)
-    return stop.value.code
+    return stop.value.args[0]
 
 
 # --- flags
@@ -152,44 +147,36 @@ def test_auto_scale_lr():
     ('resnet101_asl_coco', 'data/coco/annotations/instances_val2014.json', 'data/coco/', 'val2014.zip'),
     ('resnet101_bce_voc', 'data/VOCdevkit/VOC2007/ImageSets/Main/test.txt', 'data/', 'VOCtest_06-Nov-2007.tar')))
 def test_missing_data_of_the_shipped_configs(config, path, place, source, folder):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(MMASLError) as stop:
         TRAIN.configure(TRAIN.build_parser().parse_args([
             str(next(ROOT.glob(f'configs/**/{config}.py'))), '--cfg-options', 'model.backbone.init_cfg=None']))
     for expected in (f'  {path} ', f'in {place}', source, 'tools/make_digits.py data/digits', str(folder),
                      'configs/digits/fcos_asl_digits.py', 'configs/digits/resnet_asl_digits.py'):
-        assert expected in stop.value.code
+        assert expected in str(stop.value)
 
 
-@pytest.mark.parametrize('config, command, other', (
-    ('resnet_asl_digits', 'make_digits.py data/digits\n', '--missing'),
-    ('resnet_ce_glyphs', 'make_digits.py data/glyphs --single --size 32\n', '--missing'),
-    ('resnet_adaptive_digits_hard', 'make_digits.py data/digits_hard --train 6000 --long-tail 0.7 --missing 0.3\n',
-     'labels-per-image')))
-def test_missing_digits_have_a_cure_of_their_own(config, command, other):
-    with pytest.raises(SystemExit) as stop:
-        TRAIN.configure(TRAIN.build_parser().parse_args([
-            str(next(ROOT.glob(f'configs/**/{config}.py'))), '--cfg-options', 'model.backbone.init_cfg=None']))
-    assert command in stop.value.code and other not in stop.value.code
-
-
-def test_digits_are_made_by_the_command_that_is_named(monkeypatch):
-    maker = load_tool('make_digits')
+@pytest.mark.parametrize('config, root', (
+    ('resnet_asl_digits', 'data/digits'), ('fcos_asl_digits', 'data/digits'), ('resnet_ce_glyphs', 'data/glyphs'),
+    ('resnet_adaptive_digits_hard', 'data/digits_hard')))
+def test_missing_digits_are_made_by_the_command_that_is_shown(config, root, monkeypatch):
+    """The "Made by" comment of the config: it makes what tools/reproduce.py trains on."""
+    with pytest.raises(DataError) as stop:
+        cli.check_data(Config.fromfile(ROOT / f'configs/digits/{config}.py'), 'train')
+    command, = re.findall('^Made by: (.+)$', str(stop.value), re.MULTILINE)
     written = []
-    monkeypatch.setattr(maker.DigitScenes, 'write', lambda self, root, overwrite: written.append((root, self)))
-    roots = ['data/glyphs', 'data/digits', 'data/digits_hard', 'data/digits_hard_missing0', 'data/digits_hard_labels5']
-    for root in roots:
-        monkeypatch.setattr(sys, 'argv', cli.make_digits(root, cli.digits_of(root)).split()[1:])
-        maker.main()
-    assert written == [(root, cli.digits_of(root)) for root in roots]
+    monkeypatch.setattr(make_digits.DigitScenes, 'write', lambda self, root, overwrite: written.append((root, self)))
+    monkeypatch.setattr(sys, 'argv', command.split()[1:])
+    make_digits.main()
+    assert written == [(root, digits_of(root))]
 
 
 @pytest.mark.parametrize('config', ['resnet_bce_digits_paper', 'tresnet_asl_digits_paper', 'resnet_asl_digits'])
 def test_missing_start_has_its_own_config(config):
     """Each start of the digits is made by another config."""
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(MMASLError) as stop:
         TRAIN.configure(TRAIN.build_parser().parse_args([str(next(ROOT.glob(f'configs/**/{config}.py')))]))
-    start, = re.findall(r'train it first \(python tools/train.py (\S+)\)', stop.value.code)
-    assert Path(start).is_file() and f'work_dirs/{Path(start).stem}/' in stop.value.code
+    start, = re.findall(r'train it first \(python tools/train.py (\S+)\)', str(stop.value))
+    assert Path(start).is_file() and f'work_dirs/{Path(start).stem}/' in str(stop.value)
 
 
 def test_missing_data_is_reported_whole_and_alone():
@@ -233,19 +220,17 @@ def test_missing_files(tool, argv, message):
 
 @pytest.mark.parametrize('broken', ['building', 'training'])
 def test_a_download_out_of_reach(broken, monkeypatch):
-    """timm's is made while the model is built, torch.hub's where its weights are initialised."""
+    """timm downloads while the model is built, torch.hub while its weights are initialised."""
     import timm  # noqa: F401  # brings the hub's errors
 
     unreachable = sys.modules['huggingface_hub.errors'].LocalEntryNotFoundError
 
     class Runner:
-        hooks = ()
-        register_hook = staticmethod(lambda hook: None)
 
         def train(self):
             raise URLError('no route')
 
-    def build(cfg):
+    def build(cfg, hooks):
         if broken == 'building':
             raise unreachable('no route')
         return Runner()
@@ -257,7 +242,7 @@ def test_a_download_out_of_reach(broken, monkeypatch):
 
 
 def test_another_failure_keeps_its_traceback(monkeypatch):
-    def build(cfg):
+    def build(cfg, hooks):
         raise FileNotFoundError('something else')
 
     monkeypatch.setattr(TRAIN, 'build_runner', build)
@@ -281,7 +266,7 @@ def test_missing_pretrained_weights():
 
 def test_missing_config_and_checkpoint(folder):
     for tool, argv in (('train', ['gone.py']), ('test', ['gone.py', 'weights.pth']), ('test', ['c.py', 'gone.pth'])):
-        with pytest.raises(SystemExit, match=f'(config|checkpoint): gone.*{folder}'):
+        with pytest.raises(ConfigError, match=f'(config|checkpoint): gone.*{folder}'):
             TOOLS[tool].configure(TOOLS[tool].build_parser().parse_args(argv))
     for name in ('torchvision://resnet101', 'https://host/a.pth'):
         cli.require_file(name, 'checkpoint')
@@ -317,7 +302,7 @@ def test_resume_from_the_newest_that_can_be_read(capsys):
     Path('w/epoch_3.pth').write_bytes(Path(path).read_bytes()[:500])
     assert configure('train', '--resume', '--work-dir', 'w').load_from == path
     said = capsys.readouterr().err
-    assert 'Resuming from w/epoch_2.pth, the newest' in said and 'epoch_3.pth is no checkpoint, or is damaged' in said
+    assert 'Resuming from w/epoch_2.pth, the newest' in said and 'epoch_3.pth is not a checkpoint or is damaged' in said
 
 
 def test_resume_never_starts_anew_beside_checkpoints():
@@ -385,34 +370,46 @@ def test_out_needs_a_known_suffix(argv, message):
     assert message in refusal('test', *argv)
 
 
-# --- faults
+# --- exits
 
 @pytest.mark.parametrize('error, message', (
-    (OSError(errno.ENOSPC, 'x'), r'A file of the run could not be written \(No space left on device\): \. has \S+ MB'),
-    (OSError(errno.EDQUOT, 'x', 'a.log'), r'a.log could not be written \(Disk quota exceeded\)')),
-    ids=('disk', 'quota'))
-def test_a_fault_ends_in_a_message(error, message):
-    with pytest.raises(SystemExit, match=message), cli.faults('.'):
+    (OSError(errno.ENOSPC, 'x'), r'A file of the run could not be written \(No space left on device\)\. Earlier'),
+    (OSError(errno.EDQUOT, 'x', 'a.log'), r'a.log could not be written \(Disk quota exceeded\)\. \S+ has \S+ MB'),
+    (DiskFullError('full'), '^full$')), ids=('disk', 'quota', 'ours'))
+def test_a_full_disk_ends_in_a_message(error, message):
+    with pytest.raises(SystemExit, match=message), cli.exit_on_user_error():
         raise error
 
 
 def test_a_refused_checkpoint_ends_in_a_message():
-    with pytest.raises(SystemExit, match='^weights.pth is no checkpoint, or is damaged'), cli.faults('.'):
+    with pytest.raises(SystemExit, match='^weights.pth is not a checkpoint or is damaged'), cli.exit_on_user_error():
         read_checkpoint('weights.pth')
 
 
 def test_other_errors_pass():
     for error in (FileNotFoundError('a'), ValueError('b')):
-        with pytest.raises(type(error)), cli.faults('.'):
+        with pytest.raises(type(error)), cli.exit_on_user_error():
             raise error
+
+
+@pytest.mark.parametrize('flags, missing', (
+    ([], set()), (['--no-check-data'], {'mmasl.CheckDataHook'}), (['--no-check-finite'], {'mmasl.CheckFiniteHook'}),
+    (['--no-exact-resume'], {'mmasl.ResumeHook'})))
+def test_flags_turn_hooks_off(flags, missing):
+    args = TRAIN.build_parser().parse_args(['c.py', *flags])
+    hooks = TRAIN.automatic_hooks(ConfigDict(resume=False), args)
+    everything = TRAIN.automatic_hooks(ConfigDict(resume=False), TRAIN.build_parser().parse_args(['c.py']))
+    assert [hook for hook in everything if hook not in hooks] == sorted(missing)
+    assert hooks[-1] == dict(type='mmasl.CheckStateDictHook', strict=False)
+    assert TRAIN.automatic_hooks(ConfigDict(resume=True), args) == hooks[:-1]
 
 
 # --- launchers
 
-@pytest.mark.parametrize('launcher, message', (
-    ('pytorch', 'tools/dist_train.sh'), ('slurm', '--launcher slurm needs a GPU')))
-def test_launcher_that_cannot_start(launcher, message):
-    with pytest.raises(SystemExit, match=message):
+@pytest.mark.parametrize('launcher, kind, message', (
+    ('pytorch', ConfigError, 'tools/dist_train.sh'), ('slurm', UnavailableError, '--launcher slurm needs a GPU')))
+def test_launcher_that_cannot_start(launcher, kind, message):
+    with pytest.raises(kind, match=message):
         cli.build_runner(ConfigDict(launcher=launcher))
 
 
@@ -509,7 +506,7 @@ test_evaluator = val_evaluator
 def test_classifier_trains_resumes_and_tests(classifier):
     python('train', 'tiny.py', '--work-dir', 'w', *classifier)
     python('train', 'tiny.py', '--work-dir', 'again', '--resume', 'w/epoch_1.pth', *classifier)
-    # The resumed second epoch goes on with the one-cycle schedule where the first had ended.
+    # The resumed second epoch continues the one-cycle schedule.
     whole, resumed = scalars('w', 'lr'), scalars('again', 'lr')
     assert len(whole) == 8 and resumed == pytest.approx(whole[4:], rel=1e-6)
 

@@ -6,6 +6,7 @@ of the iteration. Unusable checkpoints raise an error.
 import os
 import os.path as osp
 import random
+from bisect import bisect
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -301,9 +302,9 @@ class _Evaluation(Hook):
         loop, resume = runner.train_loop, self.resume
         if not loop.iter or resume._evaluated or resume._done or runner.val_loop is None:
             return
-        loop._decide_current_val_interval()
         done, end = (loop.iter, loop.max_iters) if is_endless(runner) else (loop.epoch, loop.max_epochs)
-        if done >= loop.val_begin and (done % loop.val_interval == 0 or done == end):
+        interval = loop.dynamic_intervals[bisect(loop.dynamic_milestones, done + 1) - 1]
+        if done >= loop.val_begin and (done % interval == 0 or done == end):
             runner.val_loop.run()
 
 

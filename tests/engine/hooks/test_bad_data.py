@@ -1,11 +1,10 @@
-"""Bad data through tools/train.py and tools/test.py: every row of the section "Bad data" of docs/faults.md.
+"""Bad data in tools/train.py and tools/test.py: every row of the section "Bad data" of docs/faults.md.
 
-The table is the expectation: what a row says of its fault has to happen, in its words.
+Each row of the table states the outcome and the words of the message, and the test holds the tools to both.
 """
 import json
 import os
 import shutil
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,25 +19,17 @@ from mmengine.runner import Runner
 from PIL import Image
 from torch import nn
 
-from mmasl.datasets.validation import check_same_classes, leaves
+from mmasl.datasets.validation import check_same_classes, iter_base_datasets
 from mmasl.engine.hooks.adaptive_asymmetry import AdaptiveAsymmetryHook
-from mmasl.engine.hooks.checks import CheckDataHook, add_checks, check_class_counts, describe_logits
-from mmasl.errors import UnreadableImageError
+from mmasl.engine.hooks.checks import CheckDataHook, CheckFiniteHook, check_class_counts, describe_logits
+from mmasl.errors import ConfigError, DataError, UnreadableImageError
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
-from mmasl.utils.tools import plain_errors
+from mmasl.utils.tools import TEST_HOOKS, add_hooks, exit_on_user_error
+from tools import test, train
 
 ROOT = Path(__file__).parents[3]
 NAMES = ['cat', 'dog', 'elk']
 
-
-def load_tool(name: str):
-    spec = spec_from_file_location(f'bad_data_{name}', ROOT / 'tools' / f'{name}.py')
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TRAIN, TEST = load_tool('train'), load_tool('test')
 
 CONFIG = """
 default_scope = 'mmpretrain'
@@ -315,7 +306,7 @@ FAULTS = {
 
 
 def table() -> dict[str, tuple[str, list[str]]]:
-    """Of docs/faults.md: fault, what happens, and the words, in pieces between which others may stand."""
+    """The rows of docs/faults.md: fault, outcome, and the words of the message, split at the dots."""
     section = (ROOT / 'docs' / 'faults.md').read_text().split('\n## Bad data\n')[1].split('\n## ')[0]
     rows = [[cell.strip() for cell in line.strip('|').split(' | ')] for line in section.splitlines()
             if line.startswith('| ')]
@@ -333,7 +324,7 @@ def test_the_table_has_the_faults_that_are_tested():
 
 @pytest.fixture(autouse=True)
 def folder(good, tmp_path, monkeypatch) -> Path:
-    """A copy of the good data as the current folder, and a runner that leaves out what takes a second to print."""
+    """A copy of the good data as the current folder, and a runner without its slow printing."""
     shutil.copytree(good, tmp_path / 'run')
     monkeypatch.chdir(tmp_path / 'run')
     monkeypatch.setenv('LOCAL_RANK', '0')
@@ -344,13 +335,13 @@ def folder(good, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run(config: str, addition: str) -> None:
+def run(config: str, addition: str, *flags: str) -> None:
     """tools/train.py, or tools/test.py."""
-    tool, config = (TEST, config.removeprefix('test ')) if config.startswith('test ') else (TRAIN, config)
+    tool, config = (test, config.removeprefix('test ')) if config.startswith('test ') else (train, config)
     with open(f'{config}.py', 'a') as file:
         file.write(addition)
-    # Without a name of their own, runs of one second share their log.
-    tool.main([f'{config}.py', *['weights.pth'] * (tool is TEST), '--work-dir', 'work',
+    # Runs of the same second without own names would share their log.
+    tool.main([f'{config}.py', *['weights.pth'] * (tool is test), *flags, '--work-dir', 'work',
                '--cfg-options', f'experiment_name={os.getcwd().replace("/", "_")}'])
 
 
@@ -359,7 +350,7 @@ def log() -> str:
 
 
 def one_of_each_kind() -> list:
-    """All faults; those whose data set and outcome an earlier one has are slow."""
+    """All faults. The first of each data set and outcome is fast, the others are slow."""
     seen, faults = set(), []
     for fault, (config, *_) in FAULTS.items():
         kind = config, TABLE.get(fault, ('', ))[0]
@@ -433,17 +424,17 @@ def test_class_counts_look_at_heads_and_their_losses():
         getattr(model, name).num_classes = count
     model.rpn_head.loss_cls, model.head.loss_cls = AsymmetricLoss(), AsymmetricLoss(clip=[0, 0.05, 0.1])
     check_class_counts(model, NAMES, 'data')
-    with pytest.raises(ValueError, match='model.head has num_classes=3, and data has 2 classes, cat, dog: set'):
+    with pytest.raises(ConfigError, match='model.head has num_classes=3, and data has 2 classes, cat, dog: set'):
         check_class_counts(model, NAMES[:2], 'data')
     model.head.loss_cls = AsymmetricLoss(clip=[0, 0.05])
-    with pytest.raises(ValueError, match='clip of model.head.loss_cls has 2 values, and data has 3 classes'):
+    with pytest.raises(ConfigError, match='clip of model.head.loss_cls has 2 values, and data has 3 classes'):
         check_class_counts(model, NAMES, 'data')
 
 
 def test_same_classes():
     check_same_classes({})
     check_same_classes(dict(train=NAMES, val=tuple(NAMES)))
-    with pytest.raises(ValueError, match="class 2 is 'elk' in train and 'no class' in val"):
+    with pytest.raises(DataError, match="(?i)class 2 is 'elk' in train and 'no class' in val"):
         check_same_classes(dict(train=NAMES, val=NAMES[:2]))
 
 
@@ -451,26 +442,60 @@ def test_wrapped_data_sets_are_found():
     data = BaseDataset(lazy_init=True)
     other = BaseDataset(lazy_init=True)
     wrapped = SimpleNamespace(dataset=SimpleNamespace(datasets=[data, SimpleNamespace(dataset=other)]))
-    assert [id(x) for x in leaves(wrapped)] == [id(data), id(other)] and not list(leaves(object()))
+    assert [id(x) for x in iter_base_datasets(wrapped)] == [id(data), id(other)]
+    assert not list(iter_base_datasets(object()))
 
 
-def test_checks_are_added_once():
+def test_hooks_are_added_once():
     cfg = Config(dict(custom_hooks=[dict(type='EMAHook'), dict(type='mmasl.CheckDataHook', skip_unreadable=3)]))
     for _ in range(2):
-        add_checks(cfg)
-    assert [hook.type for hook in cfg.custom_hooks] == ['EMAHook', 'mmasl.CheckDataHook', 'mmasl.CheckFiniteHook']
+        add_hooks(cfg, *TEST_HOOKS)
+    assert [hook.type for hook in cfg.custom_hooks] == [
+        'EMAHook', 'mmasl.CheckDataHook', 'mmasl.CheckFiniteHook', 'mmasl.CheckStateDictHook']
     assert cfg.custom_hooks[1].skip_unreadable == 3
-    with pytest.raises(ValueError, match='skip_unreadable=-1 must be a number of images'):
+    with pytest.raises(ConfigError, match='skip_unreadable=-1 must be a number of images'):
         CheckDataHook(skip_unreadable=-1)
 
 
-def test_only_what_mmasl_raises_loses_its_traceback():
-    with pytest.raises(SystemExit, match='gamma_neg=-1 must be a number'), plain_errors():
+def test_flags_turn_the_checks_off():
+    edit('coco/val.json', lambda x: x['categories'].reverse())
+    run('coco', '', '--no-check-data')
+    run('coco', DIVERGE + 'val_cfg = val_dataloader = val_evaluator = None', '--no-check-data', '--no-check-finite')
+    assert 'loss: nan' in log()
+
+
+def test_logits_are_kept_within_a_training_iteration_only():
+    hook, loss = CheckFiniteHook(), AsymmetricLoss()
+    runner = SimpleNamespace(cfg={}, model=nn.ModuleList([loss]), iter=0, max_iters=9, train_dataloader=range(9),
+                             hooks=[], message_hub=SimpleNamespace(log_scalars={}))
+    hook.before_run(runner)
+
+    def call():
+        loss(torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3))
+
+    call()
+    assert hook.logits is None
+    hook.before_train_iter(runner, 0)
+    call()
+    assert len(hook.logits) == 1
+    hook.after_train_iter(runner, 0)
+    call()
+    assert hook.logits is None
+    for end in (hook.before_val, hook.before_train_iter):  # after an iteration that an exception left
+        hook.before_train_iter(runner, 0)
+        call()
+        end(*[runner, 0][:1 if end == hook.before_val else 2])
+        assert not hook.logits
+
+
+def test_only_errors_of_users_lose_their_traceback():
+    with pytest.raises(SystemExit, match='gamma_neg=-1 must be'), exit_on_user_error():
         AsymmetricLoss(gamma_neg=-1)
-    with pytest.raises(SystemExit, match='^a.jpg cannot be read$'), plain_errors():
-        raise UnreadableImageError('Caught UnreadableImageError in DataLoader worker process 0.\nOriginal Traceback (...\n'
-                              'mmasl.errors.UnreadableImageError: a.jpg cannot be read\n')
-    with pytest.raises(ValueError, match='mine'), plain_errors():
+    with pytest.raises(SystemExit, match='^a.jpg cannot be read$'), exit_on_user_error():
+        raise UnreadableImageError(  # as a worker's error reaches the main process
+            'Caught UnreadableImageError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n'
+            '  ...\nmmasl.errors.UnreadableImageError: a.jpg cannot be read\n')
+    with pytest.raises(ValueError, match='mine'), exit_on_user_error():
         raise ValueError('mine')
-    with pytest.raises(TypeError), plain_errors():
-        check_same_classes(dict(train=3, val=4))  # a bug inside mmasl keeps its traceback
+    with pytest.raises(TypeError), exit_on_user_error():
+        check_same_classes(dict(train=3, val=4))  # a defect of mmasl keeps its traceback

@@ -8,6 +8,7 @@ import torch.multiprocessing
 from mmdet.registry import MODELS as DETECTION
 from mmdet.structures import DetDataSample
 from mmengine._strategy.utils import MetaTensorContext
+from mmengine.dataset import BaseDataset
 from mmengine.model import BaseModule
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
@@ -21,7 +22,9 @@ from torch.utils.data import Dataset
 
 from mmasl import AsymmetricLoss
 from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
-from mmasl.engine.hooks.probability_gap import find_losses
+from mmasl.engine.hooks.checks import CheckDataHook
+from mmasl.errors import DataError
+from mmasl.models.losses.utils import find_losses
 from mmasl.ops.linear_asymmetric_loss import linear_asymmetric_loss
 
 CLASSES, PER_RANK = 5, 4
@@ -92,7 +95,7 @@ DETECTOR = dict(
 
 def make_runner(folder, model, data, batch_size, val=None, runner=Runner, epochs=2, optimizer='OptimWrapper',
                 sampler=None, **kwargs):
-    """A runner that steers gamma_neg, and reports on ``val`` after each epoch."""
+    """A runner that controls gamma_neg, and evaluates ``val`` after each epoch."""
     def loader(dataset, **sampler):
         return dict(dataset=dataset, batch_size=batch_size, num_workers=0, collate_fn=dict(type='pseudo_collate'),
                     sampler=dict(type='DefaultSampler', **sampler))
@@ -105,13 +108,12 @@ def make_runner(folder, model, data, batch_size, val=None, runner=Runner, epochs
         train_dataloader=loader(data, **{'shuffle': False, **(sampler or {})}),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(type=optimizer, optimizer=dict(type='SGD', lr=0.05, momentum=0.9)),
-        custom_hooks=[dict(type='mmasl.AdaptiveAsymmetryHook', target=0.3, begin=0., step=1., window=1,
-                           min_positives=1)],
+        custom_hooks=[dict(type='mmasl.AdaptiveAsymmetryHook', target=0.3, begin=0., step=1.)],
         randomness=dict(seed=0), log_level='ERROR', **kwargs)
 
 
 def train(runner, parameters=True) -> dict:
-    """Train; what there is to compare: logged scalars of each update, the last metrics, parameters."""
+    """Train, and return the logged scalars of each update, the last metrics and the parameters."""
     runner.train()
     scalars = {name: torch.tensor([float(x) for x in history.data[0]])
                for name, history in runner.message_hub.log_scalars.items()}
@@ -151,8 +153,8 @@ def linear_problem():
 
 
 def loss_of_classes(rank):
-    """The joint loss and the gradients of a rank's samples and classes, where each rank has half of both; what
-    docs/scale.md plans for 64."""
+    """The joint loss and the gradients of a rank's samples and classes, if each rank has half of both, as in
+    docs/scale.md."""
     x, weight, bias, target = linear_problem()
     own, classes = x[4 * rank:4 * rank + 4], slice(5 * rank, 5 * rank + 5)
     parts = [torch.empty_like(own) for _ in range(2)]
@@ -167,9 +169,27 @@ def loss_of_classes(rank):
     return loss, x.grad[4 * rank:4 * rank + 4], weight.grad, bias.grad
 
 
+class Missing(BaseDataset):
+    """A data set whose image file does not exist."""
+    METAINFO = dict(classes=['a'])
+
+    def load_data_list(self):
+        return [dict(img_path='none.jpg', gt_label=[0])]
+
+
+def refused(folder):
+    """The message with which a rank refuses data; rank 0 alone looks at them."""
+    runner = make_runner(folder, CLASSIFIER, Missing(), PER_RANK, **DDP)
+    runner.register_hook(CheckDataHook())
+    with pytest.raises(DataError) as error:
+        runner.train()
+    return str(error.value)
+
+
 def two_ranks(rank, folder):
     start(rank, folder)
     found = dict(
+        refused=refused(f'{folder}/refused'),
         classifier=train(make_runner(f'{folder}/cls', CLASSIFIER, Pictures(22), PER_RANK, Pictures(13), **DDP)),
         shuffled=train(make_runner(f'{folder}/shuffled', CLASSIFIER, Pictures(22), PER_RANK, **SHUFFLED, **DDP)),
         uneven=train(make_runner(f'{folder}/uneven', CLASSIFIER, Pictures(21), PER_RANK, **UNEVEN, **DDP)),
@@ -197,7 +217,7 @@ def joint_classifier(tmp_path_factory):
 
 
 def assert_same(ranks, joint, losses=('loss', )):
-    """Both ranks have what the joint process has; of the losses, which a rank logs for its own batch, the mean."""
+    """Both ranks have the values of the joint process. Each logs the loss of its own batch; their mean is compared."""
     assert len(joint['logged']['loss']) == 6
     for found in ranks:
         for name in ('gap', 'p_t_pos', 'p_t_neg', 'gamma_neg'):
@@ -212,10 +232,16 @@ def assert_same(ranks, joint, losses=('loss', )):
 
 
 def test_the_setting():
-    """Process 1 has no positive in the second batch; gamma and parameters have somewhere to go."""
+    """Process 1 has no positive in the second batch."""
     labels = Pictures(22).labels
     assert not labels[9:16:2].any() and labels[8:16:2].any() and labels[1::2].any()
     assert len(labels) % (2 * PER_RANK) == 6, 'the last batch is a smaller one'
+
+
+def test_all_ranks_refuse_bad_data(ranks):
+    """Rank 1 does not wait in a collective operation: the other trainings ran later in the same processes."""
+    first, second = (found['refused'] for found in ranks)
+    assert first == second and '1 of 1 images of train_dataloader.dataset are missing' in first
 
 
 def test_classifier(ranks, joint_classifier):
@@ -238,8 +264,8 @@ def test_detector(ranks, tmp_path):
 
 
 def test_uneven_ranks(ranks, tmp_path):
-    """Without round_up the last batch is 3 samples here and 2 there. The gap and gamma are still those of the joint
-    batch; the gradient weighs ranks alike, as data parallel training does, and not samples."""
+    """Without round_up the last batch has 3 samples on rank 0 and 2 on rank 1. Gap and gamma are those of the joint
+    batch. The gradient weighs ranks equally, as in data parallel training, not samples."""
     joint = train(make_runner(tmp_path, CLASSIFIER, Pictures(21), 2 * PER_RANK, **UNEVEN))
     for found in (found['uneven'] for found in ranks):
         assert len(joint['logged']['gap']) == 3
@@ -266,7 +292,7 @@ def test_classes_in_shards(ranks):
 # --- MMEngine's other strategies
 
 def test_fsdp(ranks, folder, joint_classifier):
-    """Sharded parameters, the same numbers; the checkpoint loads into a plain model and holds gamma."""
+    """Sharded parameters give the same numbers. The checkpoint loads into a plain model and holds gamma."""
     assert_same([found['fsdp'] for found in ranks], joint_classifier)
     checkpoint = torch.load(folder / 'fsdp' / 'epoch_2.pth', weights_only=False)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
@@ -274,7 +300,8 @@ def test_fsdp(ranks, folder, joint_classifier):
     model.load_state_dict(checkpoint['state_dict'], strict=True)
     assert_close(dict(model.state_dict()), joint_classifier['parameters'], rtol=1e-4, atol=1e-5)
     assert restore_asymmetry(model, checkpoint)
-    assert_close(find_losses(model)[0].gamma_neg, joint_classifier['logged']['gamma_neg'][-1], rtol=1e-4, atol=1e-5)
+    gamma = find_losses(model)['head.loss_module'].gamma_neg
+    assert_close(gamma, joint_classifier['logged']['gamma_neg'][-1], rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_of_the_loss_survive_to_empty():
@@ -290,7 +317,7 @@ def test_parameters_of_the_loss_survive_to_empty():
 def two_deepspeed_ranks(rank, folder):
     import deepspeed
     start(rank, folder)
-    deepspeed.init_distributed('gloo')  # takes the group that exists; the strategy's own start wants a GPU
+    deepspeed.init_distributed('gloo')  # uses the existing group; the strategy's own start needs a GPU
     runner = make_runner(
         f'{folder}/w', CLASSIFIER, Pictures(22), PER_RANK, Pictures(13), FlexibleRunner,
         optimizer='DeepSpeedOptimWrapper', strategy=dict(

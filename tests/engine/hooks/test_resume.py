@@ -1,5 +1,4 @@
-"""mmasl.engine.hooks.resume piece by piece; whole trainings that are killed are in test_faults.py."""
-import errno
+"""The parts of ResumeHook. Whole trainings that are killed are in test_faults.py."""
 import os
 import pickle
 import random
@@ -27,9 +26,7 @@ from mmasl.engine.hooks.resume import (
     check_schedules,
     seed_draws,
 )
-from mmasl.errors import CheckpointError, DiskFullError
-from mmasl.utils.checkpoint import find_checkpoint
-from mmasl.utils.files import is_full, write_whole
+from mmasl.errors import CheckpointError
 
 
 @pytest.fixture(autouse=True)
@@ -42,44 +39,8 @@ def folder(tmp_path, monkeypatch) -> Path:
 # --- files
 
 
-def test_a_file_is_written_whole():
-    Path('a').write_bytes(b'old')
-    write_whole('a', b'new')
-    assert Path('a').read_bytes() == b'new' and os.listdir() == ['a']
-
-
-@pytest.mark.parametrize('failing', ['fsync', 'replace'])
-@pytest.mark.parametrize('error', [OSError(errno.EIO, 'Input/output error'), KeyboardInterrupt()],
-                         ids=['io', 'stopped'])
-def test_what_cannot_be_written_leaves_the_old(monkeypatch, failing, error):
-    Path('a').write_bytes(b'old')
-
-    def fail(*_):
-        assert Path('a.part').read_bytes() == b'new'
-        raise error
-
-    monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(type(error)):
-        write_whole('a', b'new')
-    assert Path('a').read_bytes() == b'old' and os.listdir() == ['a']
-
-
-@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT, errno.EFBIG], ids=['disk', 'quota', 'size'])
-def test_a_full_disk_is_described(monkeypatch, folder, number):
-    def fail(_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, 'fsync', fail)
-    with pytest.raises(DiskFullError) as caught:
-        write_whole('epoch_2.pth', bytes(3_400_000))
-    assert is_full(caught.value) and os.listdir() == []
-    for part in ('epoch_2.pth could not be written', os.strerror(number), 'it takes 3.4 MB', f'{folder} has', 'MB free',
-                 'max_keep_ckpts', '--resume'):
-        assert part in str(caught.value)
-
-
 def test_the_checkpoint_before_goes_last():
-    """MMEngine's hook removes it before it writes the next: with max_keep_ckpts=1 there would be none for a while."""
+    """MMEngine's hook removes it before it writes the next; with max_keep_ckpts=1 none would be left for a while."""
     hook = CheckpointHook(1, max_keep_ckpts=1, backend_args=dict(backend=resume.BACKEND))
     seen = []
 
@@ -105,92 +66,6 @@ def test_what_is_written_again_is_not_outdated():
     backend.put(b'2', 'a')
     CheckpointBackend.clear()
     assert os.listdir() == ['a'] and CheckpointBackend.outdated == set()
-
-
-# --- which checkpoint
-
-
-def save(name: str, age: float = 0, **content) -> str:
-    path = Path('w', name)
-    path.parent.mkdir(exist_ok=True)
-    torch.save(dict(meta={}, message_hub={}, optimizer={}, state_dict={'w': torch.zeros(100)}) | content, path)
-    os.utime(path, (1e9 - age, 1e9 - age))
-    return str(path)
-
-
-def record(text: str) -> None:
-    Path('w').mkdir(exist_ok=True)
-    Path('w/last_checkpoint').write_text(text)
-
-
-def damage(path: str, how: str) -> None:
-    content = Path(path).read_bytes()
-    if how == 'torn':
-        content = content[:len(content) // 2]
-    elif how == 'flipped':  # one bit of a weight, which PyTorch would load
-        at = content.index(bytes(400))
-        content = content[:at + 100] + b'\x01' + content[at + 101:]
-    else:
-        content = b''
-    Path(path).write_bytes(content)
-
-
-@pytest.mark.parametrize('text', ['w/epoch_2.pth', '/elsewhere/epoch_2.pth\n'], ids=['in place', 'moved'])
-def test_the_named_checkpoint(text):
-    save('epoch_2.pth', age=10)
-    save('epoch_9.pth')
-    record(text)
-    assert find_checkpoint('w') == (os.path.join('w', 'epoch_2.pth'), {})
-
-
-@pytest.mark.parametrize('how', ['torn', 'flipped', 'empty'])
-def test_a_damaged_checkpoint_is_passed_over(how):
-    save('epoch_1.pth', age=30)
-    save('epoch_2.pth', age=20)
-    save('best_mAP_epoch_3.pth')
-    damage(save('epoch_3.pth', age=10), how)
-    record('w/epoch_3.pth')
-    path, reasons = find_checkpoint('w')
-    assert path == 'w/epoch_2.pth' and list(reasons) == ['w/epoch_3.pth']
-    assert 'w/epoch_3.pth is no checkpoint, or is damaged' in reasons['w/epoch_3.pth']
-
-
-@pytest.mark.parametrize('text, reasons', [
-    ('', {'w/last_checkpoint': 'it is empty'}), (None, {}),
-    ('w/epoch_3.pth', {'w/epoch_3.pth': 'no such checkpoint: w/epoch_3.pth'})], ids=['empty', 'missing', 'deleted'])
-def test_the_record_is_wrong(text, reasons):
-    save('epoch_1.pth', age=30)
-    save('epoch_2.pth', age=20)
-    if text is not None:
-        record(text)
-    assert find_checkpoint('w') == ('w/epoch_2.pth', reasons)
-
-
-def test_checkpoints_in_a_folder_of_their_own():
-    save('epoch_1.pth', age=30)
-    damage(save('epoch_2.pth'), 'torn')
-    Path('logs').mkdir()
-    Path('logs/last_checkpoint').write_text('w/epoch_2.pth')
-    assert find_checkpoint('logs')[0] == 'w/epoch_1.pth'
-
-
-def test_nothing_to_resume():
-    assert find_checkpoint('w') == (None, {})
-    damage(save('epoch_1.pth'), 'torn')
-    path, reasons = find_checkpoint('w')
-    assert path is None and list(reasons) == ['w/epoch_1.pth']
-
-
-def test_weights_alone_are_not_resumed():
-    torch.save(dict(meta={}, state_dict={}, message_hub={}), save('epoch_1.pth'))
-    path, reasons = find_checkpoint('w')
-    assert path is None and 'cannot be resumed: it has no optimizer' in reasons['w/epoch_1.pth']
-
-
-def test_checkpoints_of_deepspeed_are_folders():
-    Path('w/epoch_1.pth').mkdir(parents=True)
-    record('w/epoch_1.pth')
-    assert find_checkpoint('w') == ('w/epoch_1.pth', {})
 
 
 # --- draws
@@ -221,7 +96,7 @@ def test_a_batch_seeds_whoever_loads_it_and_not_who_sends_it():
 
 
 class Draws(Dataset):
-    """Each image is what is drawn to load it."""
+    """Each sample is the random numbers of its loading."""
 
     def __len__(self) -> int:
         return 7
@@ -237,7 +112,7 @@ def make_batches(sampler_type, drop_last: bool) -> SeededBatches:
 
 
 def stream(batches: SeededBatches, epoch: int, workers: int = 0):
-    """Batches of all epochs from one on."""
+    """Batches of all epochs, starting with one."""
     loader = DataLoader(Draws(), num_workers=workers, persistent_workers=workers > 0, collate_fn=list)
     object.__setattr__(loader, 'batch_sampler', batches)
     while True:
@@ -256,7 +131,7 @@ def test_a_stream_goes_on_where_it_was(sampler, drop_last, workers):
     for count in (0, 1, 3, 4, 7):
         batches = make_batches(sampler, drop_last)
         batches.number = count
-        epoch = batches.pass_over(count, 0)
+        epoch = batches.skip_batches(count, 0)
         for batch, expected in zip(stream(batches, epoch, workers), whole[count:]):
             assert batch == expected
 
@@ -359,8 +234,8 @@ def change(path: str, **content) -> str:
 
 
 @pytest.mark.parametrize('content, words', [
-    (dict(mmasl_resume=dict(batches=2, processes=1, done=1, evaluated=False)), 'batches.: 2.*starts again'),
-    (dict(mmasl_resume=dict(batches=4, processes=2, done=0, evaluated=False)), 'processes.: 2.*not as the run'),
+    (dict(mmasl_resume=dict(batches=2, processes=1, done=1, evaluated=False)), 'batches.: 2.*epoch starts again'),
+    (dict(mmasl_resume=dict(batches=4, processes=2, done=0, evaluated=False)), 'processes.: 2.*differs from'),
     (dict(mmasl_resume=None), 'written without mmasl.ResumeHook')], ids=['batch size', 'processes', "MMEngine's"])
 def test_what_cannot_go_on_alike_goes_on_and_says_so(trained, monkeypatch, content, words):
     runner = make_runner('again', load_from=change(trained, **content), resume=True)

@@ -1,4 +1,4 @@
-"""Against PyTorch's one-cycle schedule, and against the definition of an exponential moving average, in real runs."""
+"""OneCycleMomentum against PyTorch's schedule, and RelativeEMAHook against its definition, in real runs."""
 import copy
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from mmengine.optim import OneCycleParamScheduler, OptimWrapper
 from mmengine.runner import Runner
 from torch.optim.lr_scheduler import OneCycleLR
 
-from mmasl.engine.hooks.ema import EMAHook
+from mmasl.engine.hooks.ema import RelativeEMAHook
 from mmasl.engine.schedulers import OneCycleMomentum
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +166,7 @@ def test_only_epochs_are_converted():
 @pytest.mark.parametrize('horizon, epochs', [(0.1266, 8), (0.5, 2)])
 def test_ema_is_what_is_evaluated_and_saved(tmp_path, horizon, epochs):
     recorder = Recorder()
-    ema = EMAHook(horizon=horizon, update_buffers=True)
+    ema = RelativeEMAHook(horizon=horizon, update_buffers=True)
     make_runner(tmp_path, 'official_41e.py', epochs, hooks=[recorder, ema]).train()
     decay = horizon * epochs * STEPS / (1 + horizon * epochs * STEPS)
     assert decay / (1 - decay) == pytest.approx(horizon * epochs * STEPS)
@@ -188,17 +188,17 @@ def test_ema_is_what_is_evaluated_and_saved(tmp_path, horizon, epochs):
 
 def test_official_horizon_on_coco_is_the_official_decay():
     hook = next(hook for hook in Config.fromfile(ROOT / 'configs/tresnet/tresnet-l_official_asl_coco.py').custom_hooks
-                if hook.type == 'mmasl.EMAHook')
+                if hook.type == 'mmasl.RelativeEMAHook')
     steps = 41 * -(-82081 // 128)
     assert 1 - 1 / (1 + hook.horizon * steps) == pytest.approx(0.9997, abs=1e-6)
     assert hook.update_buffers
 
 
 def test_stopped_and_resumed_is_as_if_it_had_not_been(tmp_path):
-    """Schedule, momentum, averaged and raw weights, with a training that stops before its schedule ends."""
+    """Schedule, momentum, averaged and raw weights of a training that stops before its schedule ends."""
     def train(name: str, **kwargs) -> Recorder:
         recorder = Recorder()
-        hooks = [recorder, EMAHook(horizon=0.2, update_buffers=True)]
+        hooks = [recorder, RelativeEMAHook(horizon=0.2, update_buffers=True)]
         make_runner(tmp_path / name, 'official_41e.py', 6, hooks, **kwargs).train()
         return recorder
 
@@ -215,7 +215,7 @@ def test_stopped_and_resumed_is_as_if_it_had_not_been(tmp_path):
 
 
 def test_a_test_builds_no_training_data():
-    hook = EMAHook(horizon=0.1)
+    hook = RelativeEMAHook(horizon=0.1)
     hook.before_run(SimpleNamespace(model=Net(), _train_loop=dict()))  # without max_iters, which would build the loop
     assert hook.ema_model.momentum == pytest.approx(2e-4)
 
@@ -223,9 +223,9 @@ def test_a_test_builds_no_training_data():
 @pytest.mark.parametrize('horizon', [0, 1, -0.1, float('nan')])
 def test_wrong_horizon(horizon):
     with pytest.raises(ValueError, match=f'horizon={horizon} must be a share of the training'):
-        EMAHook(horizon=horizon)
+        RelativeEMAHook(horizon=horizon)
 
 
 def test_momentum_beside_the_horizon():
-    with pytest.raises(ValueError, match="momentum=0.1: here it follows from the horizon.*type='EMAHook'"):
-        EMAHook(horizon=0.1, momentum=0.1)
+    with pytest.raises(ValueError, match="momentum=0.1: RelativeEMAHook derives it.*type='EMAHook'"):
+        RelativeEMAHook(horizon=0.1, momentum=0.1)
