@@ -1,9 +1,9 @@
-# make demo: prepare the digits, train and compare the losses.   make test: the tests.   Both set up .venv first.
+# make demo: draw the digits, train and compare the losses. make test: the tests. Both set up .venv first.
 VENV ?= .venv
 PY = $(VENV)/bin/python
 export VENV
 
-.PHONY: setup demo test test-slow lint docs benchmark audit
+.PHONY: setup demo test test-slow lint types docs benchmark audit
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py constraints.txt tools/setup_env.sh
@@ -12,7 +12,7 @@ $(VENV)/.installed: setup.py constraints.txt tools/setup_env.sh
 demo: setup
 	$(PY) tools/demo.py
 
-# One torch thread a worker: two busy cores are slower with more.
+# One torch thread for each worker: with more, two cores are slower.
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m "not slow"
 
@@ -21,17 +21,19 @@ test-slow: setup
 
 lint: setup
 	$(PY) -m ruff check .
+
+types: setup
 	$(PY) -m mypy
 
-# site/index.html, from docs/, README.md and the docstrings; a broken link or reference fails.
+# Writes site/index.html from docs/, README.md and the docstrings. A broken link or reference is an error.
 docs: setup
 	$(PY) -m sphinx -W --keep-going -c docs . site
 
-# Half an hour on 2 cores; MMASL_FULL: annotations of Open Images' full size too, which docs/scale.md shows.
+# Takes half an hour on 2 cores. MMASL_FULL adds annotations of Open Images' full size.
 benchmark: setup
 	MMASL_FULL=1 $(PY) benchmarks/speed/run.py
 
-# Known vulnerabilities of the pinned versions, by PyPI's word. --strict: what cannot be looked up has not passed.
+# Asks PyPI for known vulnerabilities of the pinned versions. --strict: a version without an answer is an error.
 audit:
 	$${PYTHON:-python3} -m venv build/audit
 	build/audit/bin/pip install -q pip-audit

@@ -81,8 +81,7 @@ def printed() -> dict[str, str]:
             if len(row.trainings) != 1 or row.trainings[0] != Training(row.trainings[0].config):
                 continue
             for entry in row.entries:
-                # In Fig. 8, EfficientNet-B1 stands in for OFA-595; its numbers cannot be compared.
-                if entry.unit == '%' and entry.value is not None and entry.column != 'OFA-595':
+                if entry.unit == '%' and entry.value is not None:
                     figure = 'macro F1' if COLUMNS.get(entry.column) == 'f1-score' else 'mAP'
                     found.setdefault(row.trainings[0].config, f'{entry.value:.1f} {figure} ({item})')
     return found
