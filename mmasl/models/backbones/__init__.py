@@ -1,0 +1,3 @@
+from .ofa import OFA595
+
+__all__ = ['OFA595']
