@@ -437,7 +437,7 @@ def describe(cfg: Config) -> dict[str, str]:
     conventions = METRICS.build(cfg.val_evaluator).conventions
     batch = cfg.train_dataloader.batch_size
     return {
-        'optimiser': optimizer.type,
+        'optimizer': optimizer.type,
         'highest learning rate': plain(rate.eta_max),
         'one cycle over': f'{rate.get("end", cfg.train_cfg.max_epochs)} epochs',
         'left after': f'{cfg.train_cfg.max_epochs} epochs',
