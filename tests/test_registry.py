@@ -3,7 +3,8 @@ import pytest
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, DefaultScope
 
 NAMES = {
-    MODELS: ['AsymmetricLoss', 'AsymmetricSoftmaxLoss', 'MultiLabelClsHead', 'MultiLabelLinearClsHead', 'CSRAClsHead'],
+    MODELS: ['AsymmetricLoss', 'AsymmetricSoftmaxLoss', 'MultiLabelClsHead', 'MultiLabelLinearClsHead', 'CSRAClsHead',
+             'OFA595'],
     DATASETS: ['CocoMultiLabel', 'VOCMultiLabel', 'NUSWide', 'OpenImages', 'Herbarium2020'],
     METRICS: ['MultiLabelMetric', 'MacroF1'],
     HOOKS: ['ProbabilityGapHook', 'AdaptiveAsymmetryHook', 'ResumeHook', 'CheckDataHook', 'CheckFiniteHook']}
