@@ -1,4 +1,4 @@
-"""Swap mmasl.AsymmetricLoss into the stock configs of MMDetection and MMPretrain, and see whether they train.
+"""Swap mmasl.AsymmetricLoss into the stock configs of MMDetection and MMPretrain, and record whether they train.
 
 Every config of the installed packages is read. Of each family (a folder of configs) and head, one config trains a step
 on two drawn images and validates, by tools/train.py with --cfg-options alone. The rows go to
@@ -30,8 +30,9 @@ from mmengine.utils import get_installed_path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.speed.run import table  # noqa: E402
-from mmasl.reproduce.runs import Run, fill_blocks, read_rows, write_rows  # noqa: E402
+from mmasl.reproduce.render import rows_table  # noqa: E402
+from mmasl.reproduce.runs import Run, read_rows, write_rows  # noqa: E402
+from mmasl.utils.markdown import fill_blocks, markdown_table  # noqa: E402
 
 PACKAGES = ('mmdet', 'mmpretrain')
 ROWS, DOC = ROOT / 'benchmarks' / 'stock_configs.csv', ROOT / 'docs' / 'stock_configs.md'
@@ -45,30 +46,31 @@ FOCAL = ('FocalLoss', 'FocalCustomLoss')  # both on sigmoids, always
 CLASSIFICATION = ('loss_cls', 'initial_loss_cls', 'loss_heatmap', 'loss_center_heatmap')  # keys of losses
 FIGURES = ('/bbox_mAP', '/segm_mAP', '/mAP', '/top1')  # of a validation, what is shown
 REASONS = {  # classification loss of a family: why it is left out
-    'softmax CrossEntropyLoss': 'on a softmax, whose classes exclude each other',
-    'sigmoid CrossEntropyLoss': 'no focal loss; tests/models/heads/test_mmdet_heads.py swaps it in RPN, YOLOv3 and YOLOX',
+    'softmax CrossEntropyLoss': 'a softmax, whose classes exclude each other',
+    'sigmoid CrossEntropyLoss':
+        'not a focal loss; tests/models/heads/test_mmdet_heads.py swaps it in RPN, YOLOv3 and YOLOX',
     'QualityFocalLoss': 'its targets are IoUs; tests/models/heads/test_mmdet_heads.py swaps it in GFL and RTMDet',
     'VarifocalLoss': 'its targets are IoUs; tests/models/heads/test_mmdet_heads.py swaps it in VFNet',
     'GaussianFocalLoss': 'its targets are heatmaps, whose Gaussians reduce the weight of negatives',
-    'GHMC': 'it weighs by the density of gradients; the head is that of retinanet',
-    'SeesawLoss': 'on a softmax, whose classes exclude each other',
-    '': 'its configs name no classification loss: the head has its own'}
+    'GHMC': 'weights by gradient density; the head is the one of retinanet',
+    'SeesawLoss': 'a softmax, whose classes exclude each other',
+    '': 'the configs name no classification loss; the head has a fixed one'}
 
 
 @dataclass
 class Family:
-    """The configs of a folder whose head of this class has a loss to replace, or none: then ``head`` is empty."""
+    """Configs of a folder with the same class of head. ``head`` is empty if there is no loss to replace."""
     package: str
     name: str
     head: str = ''
     configs: list[str] = field(default_factory=list)
-    losses: set[str] = field(default_factory=set)  # what would be replaced; of a family that is left out, all it has
+    losses: set[str] = field(default_factory=set)  # the replaced losses, or all of a family that is left out
     runnable: list[str] = field(default_factory=list)
     obstacles: set[str] = field(default_factory=set)  # why the others cannot run
 
     @property
     def config(self) -> str:
-        """The one to run: that of the shortest name, usually the plainest, and the last of these, tiny before large."""
+        """Config to run: the alphabetically last of the shortest names, usually the plainest and smallest."""
         return min(sorted(self.runnable or self.configs, reverse=True), key=len)
 
     def row(self, **columns: object) -> dict:
@@ -77,7 +79,7 @@ class Family:
 
 
 def walk(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
-    """Every dict in a config with its dotted path, as --cfg-options takes it."""
+    """Yield every dict in a config with its dotted path, as --cfg-options takes it."""
     if isinstance(node, dict):
         yield path, node
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
@@ -98,12 +100,12 @@ def load(path: Path) -> Config:
 
 @cache
 def registered(registry: Registry, package: str, name: str) -> Any:
-    """The class of that name in a package."""
+    """Look up a class of a package by its name."""
     return registry.get(f'{package}.{name}')
 
 
 def stock_losses(cfg: Config) -> dict[str, tuple[str, dict]]:
-    """(class of the head, config of its loss) by path, of everything that the swap replaces."""
+    """Find the losses to replace. Returns (class of the head, config of the loss) by path."""
     model = cfg.get('model') or {}
     if cfg.get('default_scope') == 'mmpretrain':
         from mmpretrain.models.heads import MultiLabelClsHead
@@ -115,7 +117,7 @@ def stock_losses(cfg: Config) -> dict[str, tuple[str, dict]]:
 
 
 def loss_names(cfg: Config) -> set[str]:
-    """What classification losses a model has, in words."""
+    """Name the classification losses of a model."""
     names = set()
     for _, part in walk(cfg.get('model') or {}):
         for loss in (part[key] for key in CLASSIFICATION if isinstance(part.get(key), dict)):
@@ -126,7 +128,7 @@ def loss_names(cfg: Config) -> set[str]:
     return names
 
 
-def obstacle(cfg: Config) -> str:
+def unavailable_reason(cfg: Config) -> str:
     """Why the tool cannot run a config on two drawn images and a CPU, or ''."""
     if {'loss_scale', 'dtype'} & set(cfg.get('optim_wrapper') or {}):
         return 'mixed precision needs a GPU'
@@ -144,7 +146,7 @@ def obstacle(cfg: Config) -> str:
 
 
 def as_coco(package: str, name: str) -> dict | None:
-    """What makes a data set read COCO's format, or None where no option does."""
+    """Options with which a data set reads COCO's format, or None if there are none."""
     if package != 'mmdet':
         return None
     from mmdet.datasets import CocoDataset, XMLDataset
@@ -155,7 +157,7 @@ def as_coco(package: str, name: str) -> dict | None:
 
 
 def discover(package: str, names: Iterable[str] = (), folder: Path | None = None) -> list[Family]:
-    """The families of a package, or those with these ``names``, of all configs that can be read."""
+    """Group the readable configs of a package by family, or those of the families ``names``."""
     folder = folder or config_folder(package)
     found: dict[tuple[str, str, str], Family] = {}
     rest: dict[str, Family] = {}
@@ -176,7 +178,7 @@ def discover(package: str, names: Iterable[str] = (), folder: Path | None = None
             if config not in family.configs:
                 family.configs.append(config)
                 family.losses |= {loss.get('type', '') for kind, loss in losses.values() if kind == head}
-                why = obstacle(cfg)
+                why = unavailable_reason(cfg)
                 family.obstacles |= {why} - {''}
                 family.runnable += [] if why else [config]
         if not losses and package == 'mmdet' and 'model' in cfg:
@@ -189,7 +191,7 @@ def discover(package: str, names: Iterable[str] = (), folder: Path | None = None
 
 
 def swap(cfg: Config) -> dict[str, object]:
-    """The options that replace the losses: nothing else of the model changes."""
+    """Options that replace the losses and change nothing else of the model."""
     imports = [*(cfg.get('custom_imports') or {}).get('imports', []), 'mmasl']
     options = {'custom_imports.imports': imports, 'custom_imports.allow_failed_imports': False}
     for path, (_, stock) in stock_losses(cfg).items():
@@ -204,7 +206,7 @@ def swap(cfg: Config) -> dict[str, object]:
 
 
 def small(cfg: Config, data: Path) -> dict[str, object]:
-    """The options that make a run short: two drawn images, one iteration, no weights from elsewhere, no checkpoint."""
+    """Options that make a run short: two drawn images, one iteration, no pretrained weights, no checkpoint."""
     options: dict[str, object] = {
         'default_hooks.logger.interval': 1, 'default_hooks.checkpoint': None, 'load_from': None, 'randomness.seed': 0}
     if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper':
@@ -271,7 +273,7 @@ def detection_options(cfg: Config, data: Path) -> dict[str, object]:
 
 
 def shrunk(size: Any) -> Any:
-    """A size of an image, or a list of such, in which every side is SIZE."""
+    """Replace every side of an image size, or of a list of sizes, by SIZE."""
     if isinstance(size, (list, tuple)):
         return type(size)(shrunk(side) for side in size)
     return SIZE if isinstance(size, int) and size > 2 else size
@@ -287,7 +289,7 @@ def classification_options(cfg: Config, data: Path) -> dict[str, object]:
 
 
 def draw(path: Path, seed: int) -> list[tuple[int, int, int, int]]:
-    """An image of rectangles on noise, and their boxes (x, y, width, height)."""
+    """Draw rectangles on noise. Returns the image and the boxes (x, y, width, height)."""
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 80, (SIZE, SIZE, 3), dtype=np.uint8)
     half = SIZE // 2
@@ -301,12 +303,12 @@ def draw(path: Path, seed: int) -> list[tuple[int, int, int, int]]:
 
 
 def draw_images(data: Path) -> dict[str, list[tuple[int, int, int, int]]]:
-    """Two images in the folder ``images``: their names and boxes."""
+    """Write two images to the folder ``images``. Returns their names and boxes."""
     return {f'{number}.jpg': draw(data / 'images' / f'{number}.jpg', number) for number in range(2)}
 
 
 def draw_coco(data: Path, classes: tuple[str, ...]) -> Path:
-    """Two images in COCO's format, of whatever classes; the annotation file."""
+    """Write two images in COCO's format. Returns the annotation file."""
     names, boxes = zip(*draw_images(data).items())
     corners = ((0, 0), (1, 0), (1, 1), (0, 1))
     annotations = [
@@ -321,7 +323,7 @@ def draw_coco(data: Path, classes: tuple[str, ...]) -> Path:
 
 
 def draw_open_images(data: Path, dataset: dict, num_classes: int) -> Path:
-    """Two images in Open Images' format, in files of the names that a config has; the root."""
+    """Write two images in Open Images' format, with the file names of a config. Returns the root."""
     root = data / 'open_images'
     labels = [f'/m/{number}' for number in range(num_classes)]
     lines = ['ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,' + 'flag,' * 5]
@@ -342,7 +344,7 @@ def draw_open_images(data: Path, dataset: dict, num_classes: int) -> Path:
 
 
 def draw_voc(data: Path) -> Path:
-    """The same as VOC's folders; the root."""
+    """Write two images in VOC's folders. Returns the root."""
     root = data / 'VOC2007'
     for folder in ('Annotations', 'ImageSets/Main'):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -356,7 +358,7 @@ def draw_voc(data: Path) -> Path:
 
 
 def draw_imagenet(data: Path) -> Path:
-    """Two images with a label each, in ImageNet's folders; the root."""
+    """Write two images with one label each in ImageNet's folders. Returns the root."""
     root = data / 'imagenet'
     (root / 'meta').mkdir(parents=True, exist_ok=True)
     for split in ('train', 'val'):
@@ -367,7 +369,7 @@ def draw_imagenet(data: Path) -> Path:
 
 
 def make_bert(folder: Path) -> None:
-    """A BERT of two layers with random weights, and the words of COCO's classes."""
+    """Write a BERT of two layers with random weights and the words of COCO's classes."""
     from mmdet.datasets import CocoDataset
     from transformers import BertConfig, BertModel, BertTokenizer
     folder.mkdir(parents=True, exist_ok=True)
@@ -379,7 +381,7 @@ def make_bert(folder: Path) -> None:
 
 
 def execute(family: Family, data: Path, work_dir: Path) -> dict:
-    """The row of a family: its config with the loss swapped, one step and one validation in a process of its own."""
+    """Train a step and validate with the swapped loss, in a process of its own. Returns the row of the family."""
     path = config_folder(family.package) / family.config
     cfg = load(path)
     replaced = swap(cfg)
@@ -397,7 +399,7 @@ def execute(family: Family, data: Path, work_dir: Path) -> dict:
 
 
 def attempt(run: Run) -> dict[str, str]:
-    """Outcome, loss, validation and reason of a run."""
+    """Run once. Returns outcome, loss, validation and reason."""
     shutil.rmtree(run.work_dir, ignore_errors=True)
     process = run.start(threads=1)
     try:
@@ -429,7 +431,7 @@ def left_out(family: Family) -> dict:
 
 
 def render(doc: str, rows: list[dict[str, str]]) -> str:
-    """The document with the tables between its markers made from the rows."""
+    """Fill the tables between the markers of the document."""
     tried = [row for row in rows if row['outcome'] != LEFT_OUT]
     count = [sum(row['outcome'] == outcome for row in tried) for outcome in (WORKS, FAILS, NOT_RUN)]
     reasons = defaultdict(list)
@@ -441,9 +443,9 @@ def render(doc: str, rows: list[dict[str, str]]) -> str:
     blocks = {
         'summary': f'{len(tried)} runs stand for {configs} configs of {len(families)} families: {count[0]} train and '
                    f'validate, {count[1]} fail, {count[2]} cannot be run here.',
-        'runs': table(tried),
-        'left out': '\n'.join(['| why | families (configs) |', '|---|---|',
-                               *(f'| {why} | {", ".join(families)} |' for why, families in sorted(reasons.items()))])}
+        'runs': rows_table(tried),
+        'left out': markdown_table([(why, ', '.join(families)) for why, families in sorted(reasons.items())],
+                                   ('why', 'families (configs)'))}
     return fill_blocks(doc, dict(stock=blocks.__getitem__))
 
 

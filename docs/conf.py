@@ -1,5 +1,8 @@
-"""The documentation site, `make docs`: README, CONTRIBUTING, CHANGELOG, the pages of this folder, and a page for each
-module, written from its docstrings. The source folder is the repository, so that links work here as on GitHub."""
+"""Configuration of the documentation site (`make docs`).
+
+The site has README, CONTRIBUTING, CHANGELOG, the pages of docs/ and configs/, and a page for each module, written from
+its docstrings. The source folder is the repository, so links work on the site as on GitHub.
+"""
 import importlib
 import inspect
 import os.path as osp
@@ -16,12 +19,12 @@ from mmasl import registry
 
 ROOT = Path(__file__).parents[1]
 API = ROOT / 'docs' / 'api'
-NAVIGATION = {  # pages, or 'title <page>'; a page that is not here, or is not there, fails the build
+NAVIGATION = {  # pages, or 'title <page>'; the build fails on a page that is not listed or does not exist
     'Start': ['Overview <self>', 'docs/stock_configs', 'docs/choosing'],
     'Losses': ['docs/loss'],
     'Heads': ['docs/heads'],
-    'Data and metrics': ['Data sets <docs/api/mmasl.datasets>', 'Metrics <docs/api/mmasl.metrics>'],
-    'Training': ['docs/recipes', 'docs/reproduce'],
+    'Data and metrics': ['Data sets <docs/api/mmasl.datasets>', 'Metrics <docs/api/mmasl.evaluation>'],
+    'Training': ['configs/README', 'docs/recipes', 'docs/weights', 'docs/reproduce'],
     'Analysis': ['docs/analysis'],
     'Inference': ['docs/inference', 'docs/errors'],
     'Speed and scale': ['docs/speed', 'docs/scale'],
@@ -34,8 +37,8 @@ project = html_title = 'mmasl'
 version = release = mmasl.__version__
 root_doc = 'README'
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode']
-include_patterns = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'docs/**']
-exclude_patterns = ['.*', '*.egg-info', 'build', 'configs', 'data', 'mmasl', 'site', 'tests', 'tools', 'work_dirs']
+include_patterns = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'configs/**.md', 'docs/**']
+exclude_patterns = ['.*', '*.egg-info', 'build', 'data', 'mmasl', 'site', 'tests', 'tools', 'work_dirs']
 myst_heading_anchors = 3
 highlight_language = 'text'
 maximum_signature_line_length = 100
@@ -43,7 +46,7 @@ autodoc_default_options = {'members': True, 'show-inheritance': True, 'special-m
 autodoc_inherit_docstrings = False
 napoleon_use_ivar = True
 autodoc_typehints_format = 'short'
-# Other projects' names are no links: their inventories would have to be downloaded.
+# Links to other projects would need a download of their inventories.
 nitpicky = True
 nitpick_ignore_regex = [
     ('py:.*', r'(argparse|collections|inspect|mmcv|mmdet|mmengine|mmpretrain|numpy|os|pathlib|subprocess|torch)\..*'),
@@ -62,7 +65,7 @@ def walk() -> dict[str, object]:
 
 
 def api_page(name: str, modules: dict[str, object]) -> str:
-    """A module's page: its members, or for a package what it exports and the pages of its modules."""
+    """Page of a module with its members. The page of a package has its exports and links to its modules."""
     module = modules[name]
     lines = [name, '=' * len(name), '', f'.. automodule:: {name}', '']
     if not hasattr(module, '__path__'):
@@ -89,7 +92,7 @@ def registries() -> list:
 
 
 def config_names() -> dict[str, list[str]]:
-    """What a config can name, ``type='mmasl.NAME'``, by registry."""
+    """Names for ``type='mmasl.NAME'`` in a config, by registry."""
     return {each.name: sorted(name for name, value in each.module_dict.items() if value.__module__.startswith('mmasl.'))
             for each in registries()}
 
@@ -101,12 +104,12 @@ def write_api(app) -> None:
     for old in set(API.iterdir()) - set(pages):
         old.unlink()
     for path, text in pages.items():
-        if not path.exists() or path.read_text() != text:  # what is unchanged need not be read again
+        if not path.exists() or path.read_text() != text:  # Sphinx reads only files that changed
             path.write_text(text)
 
 
 def add_navigation(app, docname: str, content: list[str]) -> None:
-    """Links to code lead to its page; the README gets the navigation."""
+    """Turn links to code into links to its page, and add the navigation to README and configs/README."""
     def page(link: re.Match) -> str:
         module = link[1].removesuffix('.py').removesuffix('/__init__').replace('/', '.')
         return f']({osp.relpath(API / module, ROOT / osp.dirname(docname))}.rst)'
@@ -115,11 +118,15 @@ def add_navigation(app, docname: str, content: list[str]) -> None:
     if docname == root_doc:
         for caption, pages in NAVIGATION.items():
             content[0] += '\n'.join(['', '', '```{toctree}', ':hidden:', f':caption: {caption}', '', *pages, '```'])
+    if docname == 'configs/README':
+        content[0] += '\n\n```{toctree}\n:hidden:\n:glob:\n\n*/README\n```'
 
 
 def resolve(app, env, node, contnode):
-    """References by the name that a package exports, a config uses or a module imports, and to what has no entry of its
-    own: a constant leads to its module, an attribute to its class."""
+    """Resolve names that a package exports, a config uses or a module imports.
+
+    A constant leads to its module, an attribute to its class.
+    """
     if node['reftype'] not in ('attr', 'class', 'data', 'func', 'obj'):
         return None
     target = node['reftarget'].rpartition('.')[0] if node['reftype'] == 'attr' else node['reftarget']
@@ -131,7 +138,7 @@ def resolve(app, env, node, contnode):
 
 
 def find_entry(name: str) -> str | None:
-    """Where the reference describes what goes by this dotted name."""
+    """Name under which the reference describes an object of mmasl, or None."""
     module, _, member = name.rpartition('.')
     value = getattr(sys.modules.get(module), member, None)
     if value is None and module == 'mmasl':
@@ -142,8 +149,10 @@ def find_entry(name: str) -> str | None:
 
 
 def prepare(app, what: str, name: str, obj: object, options, lines: list[str]) -> None:
-    """Marks indented paragraphs, which are formulas, as literal. Types stand in annotations only, but Napoleon takes
-    the words before a colon for one, in what a property or a function returns."""
+    """Mark indented paragraphs (formulas) as literal, and keep Napoleon from reading a type before a colon in Returns.
+
+    Types are in annotations only.
+    """
     source, lines[:] = list(lines), []
     returned, last = what == 'property', ' '
     for line in source:
@@ -156,12 +165,12 @@ def prepare(app, what: str, name: str, obj: object, options, lines: list[str]) -
 
 
 def escape(app, what: str, name: str, obj: object, options, lines: list[str]) -> None:
-    """|z| is an absolute value here, and no substitution of reST."""
+    """Escape |z|, an absolute value, which reST reads as a substitution."""
     lines[:] = [re.sub(r'\|([\w/]+)\|', r'\|\1\|', line.replace('\0', ':')) for line in lines]
 
 
 def plain_defaults(app, what: str, name: str, obj: object, options, arguments: str | None, result: str | None):
-    """A dataclass's default factory is no Python when it is printed."""
+    """Print `...` for the default factory of a dataclass."""
     return arguments and arguments.replace('<factory>', '...'), result
 
 
@@ -171,7 +180,7 @@ def write_index(app, error: Exception | None) -> None:
 
 
 def setup(app) -> None:
-    # As it is, MMCV's descriptor raises when a class, and no instance, is asked for the method.
+    # MMCV's descriptor raises if the method is looked up on the class.
     cache_randomness.__get__ = lambda self, instance, owner=None: self.func
     app.connect('builder-inited', write_api)
     app.connect('source-read', add_navigation)

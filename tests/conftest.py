@@ -1,17 +1,17 @@
-"""What all tests share."""
+"""Settings and fixtures of all tests."""
 import os
 from functools import lru_cache
 
 import pytest
 from mmengine.config import config as mmengine_config
 
-# Triton's interpreter runs the kernel on the CPU; the variable counts when triton is imported.
+# Run Triton kernels on the CPU. triton reads the variable when it is imported.
 os.environ.setdefault('TRITON_INTERPRET', '1')
 
 
 @pytest.fixture(scope='session', autouse=True)
 def external_bases_are_found_once():
-    """To find a base in MMPretrain, MMEngine reads all its 85 metafiles: most of the time that a config takes."""
+    """Cache the look-up of `mmpretrain::` bases, for which MMEngine reads 85 metafiles each time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mmengine_config, '_get_external_cfg_path', lru_cache(maxsize=None)(
             mmengine_config._get_external_cfg_path))
