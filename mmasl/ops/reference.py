@@ -1,12 +1,20 @@
-"""The equations of ASL (arXiv 2009.14119) as they are printed, in float64 and by autograd: what the operator is tested
-against. Readable, slow, and exact only where float64 still tells 1 - p from 0 (|logit| <= 30)."""
+"""The equations of ASL (arXiv 2009.14119) as printed, in float64 and by autograd; the tests compare the operator with them.
+
+They are slow, and exact only for |logit| <= 30, where float64 still distinguishes 1 - p from 0.
+"""
 import torch
 from torch import Tensor
 
 
-def asymmetric_loss(logits: Tensor, target: Tensor, gamma_pos: float | Tensor, gamma_neg: float | Tensor,
+def asymmetric_loss(logits: Tensor, target: Tensor, *, gamma_pos: float | Tensor, gamma_neg: float | Tensor,
                     clip: float | Tensor, alpha: float | None = None, detach_focusing: bool = False) -> Tensor:
-    """Eq. 2 and 7 for dense targets of the logits' shape, per element."""
+    """Eq. 2 and 7, per element, float64.
+
+    Args:
+        logits: (..., C), floating point.
+        target: Hard or soft labels in [0, 1], in the shape of ``logits``.
+        gamma_pos, gamma_neg, clip, alpha, detach_focusing: See :func:`mmasl.ops.asymmetric_loss`.
+    """
     p = logits.double().sigmoid()
     y = target.double()
     p_m = p - clip

@@ -136,7 +136,7 @@ def test_gradient_of_a_mistake(gamma_neg):
     for m in errors.false_positives[::5]:
         gamma = gamma_neg if isinstance(gamma_neg, float) else gamma_neg[m.column]
         z = torch.cat([grid, torch.tensor([data.logits[m.row, m.column]]).double()]).requires_grad_()
-        reference.asymmetric_loss(z, torch.zeros_like(z), 0., gamma, 0.05).sum().backward()
+        reference.asymmetric_loss(z, torch.zeros_like(z), gamma_pos=0., gamma_neg=gamma, clip=0.05).sum().backward()
         assert m.gradient == pytest.approx((z.grad[-1] / z.grad.max()).item(), rel=1e-4)
         assert m.beyond_p_star == (m.p > grid[z.grad[:-1].argmax()].sigmoid().item())
     if gamma_neg != 4.:

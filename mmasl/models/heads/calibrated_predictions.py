@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmasl.errors import ConfigError
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
-from mmasl.ops import posterior, posterior_cap
+from mmasl.ops import posterior, posterior_upper_bound
 
 
 def calibration_settings(loss: nn.Module) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class CalibratedPredictions:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        bound = posterior_cap(**calibration_settings(self.loss_module)).min().item()
+        bound = posterior_upper_bound(**calibration_settings(self.loss_module)).min().item()
         if self.thr is not None and bound <= self.thr:
             raise ConfigError(f'thr={self.thr} is never exceeded: with clip={self.loss_module.clip.tolist()} and '
                               f'gamma_pos=0 the calibrated score stays below {bound:.3g}. Lower clip or thr.')

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmasl.errors import ConfigError
 from mmasl.models.losses.asymmetric_loss import as_divisor
-from mmasl.ops.linear_asymmetric_loss import linear_asymmetric_loss
+from mmasl.ops import linear_asymmetric_loss
 from mmasl.registry import MODELS
 
 from .calibrated_predictions import CalibratedPredictions, calibration_settings
@@ -57,7 +57,7 @@ class MultiLabelLinearClsHead(CalibratedPredictions, heads.MultiLabelLinearClsHe
         value = linear_asymmetric_loss(
             features, self.fc.weight, self.fc.bias, self._target(data_samples, features.device),
             ignore_index=loss.ignore_index, scale=loss.loss_weight / divisor, chunk_size=self.chunk_size,
-            return_sums=track, implementation=loss.implementation, **calibration_settings(loss))
+            return_sums=track, **calibration_settings(loss))
         if isinstance(value, tuple):
             value, sums = value
             loss.probability_sums.add(sums)

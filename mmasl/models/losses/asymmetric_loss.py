@@ -7,14 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from mmasl.models.losses.probability_sums import ProbabilitySums
-from mmasl.ops import asymmetric_loss
-from mmasl.ops.asymmetric_loss import IMPLEMENTATIONS
-from mmasl.registry import MODELS
+from mmasl.ops.functional import asymmetric_loss
 
 REDUCTIONS = ('none', 'mean', 'sum')
 
 
-@MODELS.register_module()
 class AsymmetricLoss(nn.Module):
     """Asymmetric loss (ASL) for multi-label classification and dense detection, Eq. 7 of arXiv 2009.14119.
 
@@ -67,7 +64,6 @@ class AsymmetricLoss(nn.Module):
             its label is background. 0 leaves them out.
         gamma_unannotated: Their focusing parameter, as ``gamma_neg``; None for that of negatives, whatever it becomes.
         activated: The predictions are probabilities, as TOOD gives them, and not logits.
-        implementation: 'triton', 'inductor', 'eager', or None for the fastest that can run: see docs/speed.md.
 
     Raises:
         ValueError: A parameter is out of its range; the message names it.
@@ -89,15 +85,12 @@ class AsymmetricLoss(nn.Module):
                  ignore_index: int | None = None,
                  weight_unannotated: float = 0.,
                  gamma_unannotated: float | Sequence[float] | None = None,
-                 activated: bool = False,
-                 implementation: str | None = None) -> None:
+                 activated: bool = False) -> None:
         super().__init__()
         if use_sigmoid is not True:
             raise ValueError(f'use_sigmoid={use_sigmoid}: AsymmetricLoss is defined on sigmoids, set use_sigmoid=True')
         if reduction not in REDUCTIONS:
             raise ValueError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
-        if implementation not in (None, *IMPLEMENTATIONS):
-            raise ValueError(f'implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None')
         if alpha is not None and not 0 <= alpha <= 1:
             raise ValueError(f'alpha={alpha} must be between 0 and 1, or None')
         if not math.isfinite(loss_weight):
@@ -129,7 +122,6 @@ class AsymmetricLoss(nn.Module):
         self.ignore_index = ignore_index
         self.weight_unannotated = weight_unannotated
         self.activated = activated
-        self.implementation = implementation
         self.probability_sums = ProbabilitySums()
 
     def forward(self,
@@ -159,7 +151,7 @@ class AsymmetricLoss(nn.Module):
             pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
             pred = pred.logit(eps=torch.finfo(pred.dtype).eps)
         if weight is not None:
-            weight = _as_element_weight(weight, pred)
+            weight = as_element_weight(weight, pred)
         # PAA calls its loss for the assignment too, without a gradient.
         track = self.probability_sums.enabled and self.training and torch.is_grad_enabled()
         scale: Any = self.loss_weight
@@ -175,10 +167,10 @@ class AsymmetricLoss(nn.Module):
             parts.append((self._unannotated(pred, target), gamma, -1, self.weight_unannotated))
         losses = []
         for part, gamma_neg, ignore_index, share in parts:
-            loss = asymmetric_loss(pred, part, self.gamma_pos, gamma_neg, self.clip, self.alpha, self.detach_focusing,
-                                   ignore_index, weight, return_sums=track,
-                                   reduction='none' if reduction == 'none' else 'sum', scale=share * scale,
-                                   implementation=self.implementation)
+            loss = asymmetric_loss(pred, part, gamma_pos=self.gamma_pos, gamma_neg=gamma_neg, clip=self.clip,
+                                   alpha=self.alpha, detach_focusing=self.detach_focusing, ignore_index=ignore_index,
+                                   weight=weight, scale=share * scale,
+                                   reduction='none' if reduction == 'none' else 'sum', return_sums=track)
             if isinstance(loss, tuple):
                 loss, sums = loss
                 self.probability_sums.add(share * sums)
@@ -240,7 +232,7 @@ def as_divisor(avg_factor: float | Tensor) -> float | Tensor:
     return avg_factor.reshape(()).clamp(min=torch.finfo(torch.float32).eps)
 
 
-def _as_element_weight(weight: Tensor, pred: Tensor) -> Tensor:
+def as_element_weight(weight: Tensor, pred: Tensor) -> Tensor:
     """``weight`` in a shape that multiplies the loss of ``pred``."""
     if weight.shape == pred.shape:
         return weight

@@ -4,15 +4,13 @@ import math
 from torch import Tensor, nn
 
 from mmasl.models.losses.asymmetric_loss import REDUCTIONS, as_divisor
-from mmasl.ops.asymmetric_softmax import asymmetric_softmax_loss
-from mmasl.registry import MODELS
+from mmasl.ops.functional import asymmetric_softmax_loss
 
 
-@MODELS.register_module()
 class AsymmetricSoftmaxLoss(nn.Module):
     """Softmax loss with asymmetric focusing and label smoothing, for heads such as MMPretrain's ``LinearClsHead``.
 
-    This is ``ASLSingleLabel`` of the authors' code; :func:`mmasl.ops.asymmetric_softmax.asymmetric_softmax_loss` has
+    This is ``ASLSingleLabel`` of the authors' code; :func:`mmasl.ops.asymmetric_softmax_loss` has
     the formula. It is not what Table 12 of arXiv 2009.14119 (Herbarium) was trained with: by the author's word (issue
     68 of the official repository) that was the sigmoid form, which is :class:`mmasl.AsymmetricLoss` with the same head
     and labels. ``gamma_neg`` acts on the smoothed part of the target alone: with ``smoothing=0`` it changes nothing,
@@ -27,7 +25,6 @@ class AsymmetricSoftmaxLoss(nn.Module):
             are not ignored; 'sum' leaves ``avg_factor`` aside.
         loss_weight: Factor of the result.
         ignore_index: Label of samples to leave out.
-        implementation: 'triton', 'inductor', 'eager', or None for the fastest that can run.
 
     Raises:
         ValueError: A parameter is out of its range; the message names it.
@@ -40,8 +37,7 @@ class AsymmetricSoftmaxLoss(nn.Module):
                  use_sigmoid: bool = False,
                  reduction: str = 'mean',
                  loss_weight: float = 1.,
-                 ignore_index: int | None = None,
-                 implementation: str | None = None) -> None:
+                 ignore_index: int | None = None) -> None:
         super().__init__()
         if use_sigmoid is not False:
             raise ValueError(f'use_sigmoid={use_sigmoid}: AsymmetricSoftmaxLoss is defined on a softmax; set '
@@ -61,7 +57,6 @@ class AsymmetricSoftmaxLoss(nn.Module):
         self.reduction = reduction
         self.loss_weight = loss_weight
         self.ignore_index = ignore_index
-        self.implementation = implementation
 
     def forward(self,
                 pred: Tensor,
@@ -84,8 +79,8 @@ class AsymmetricSoftmaxLoss(nn.Module):
         reduction = reduction_override or self.reduction
         if reduction not in REDUCTIONS:
             raise ValueError(f'reduction_override={reduction!r} must be one of {REDUCTIONS}')
-        loss = asymmetric_softmax_loss(pred, target, self.gamma_pos, self.gamma_neg, self.smoothing, self.ignore_index,
-                                       self.implementation)
+        loss = asymmetric_softmax_loss(pred, target, gamma_pos=self.gamma_pos, gamma_neg=self.gamma_neg,
+                                       smoothing=self.smoothing, ignore_index=self.ignore_index)
         if weight is not None:
             if weight.shape != loss.shape:
                 raise ValueError(f'weight of shape {tuple(weight.shape)} does not fit labels of shape '

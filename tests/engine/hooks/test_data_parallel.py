@@ -25,7 +25,7 @@ from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
 from mmasl.engine.hooks.checks import CheckDataHook
 from mmasl.errors import DataError
 from mmasl.models.losses.utils import find_losses
-from mmasl.ops.linear_asymmetric_loss import linear_asymmetric_loss
+from mmasl.ops import linear_asymmetric_loss
 
 CLASSES, PER_RANK = 5, 4
 GAMMA = 2.

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from mmasl.errors import ConfigError
 from mmasl.models.heads.calibrated_predictions import calibration_settings
-from mmasl.ops import inverse_posterior, posterior
+from mmasl.ops import posterior_threshold, posterior
 
 LINEAR = dict(num_classes=6, in_channels=8)
 HEADS = {
@@ -42,7 +42,7 @@ def test_raw_scores_are_stock_and_decisions_calibrated(name):
         assert_close(actual.pred_score, expected.pred_score, rtol=0, atol=0)
         assert_close(actual.calibrated_score, posterior(z, gamma_neg=4., clip=0.05), rtol=0, atol=0)
         # The derived threshold of p: posterior 1/2 is at p = 0.684.
-        decisive = inverse_posterior(0.5, gamma_neg=4., clip=0.05)
+        decisive = posterior_threshold(0.5, gamma_neg=4., clip=0.05)
         assert actual.pred_label.tolist() == (z > decisive).nonzero()[:, 0].tolist()
     for actual, expected in zip(head.predict(features(name)), stock.predict(features(name))):
         assert_close(actual.pred_score, expected.pred_score, rtol=0, atol=0)

@@ -1,7 +1,9 @@
 """Stock MMPretrain heads, from their stock configs, train with ``mmasl.AsymmetricLoss`` swapped in by config alone.
 
-Only speed is taken from the models: no pre-trained weights, ResNet-18 for the deeper backbones, small images.
+To be fast, the models have no pre-trained weights, ResNet-18 for the deeper backbones, and small images.
 """
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,12 +34,19 @@ CROSS_ENTROPY = dict(gamma_pos=0., gamma_neg=0., clip=0.)
 
 
 def build(head, **loss):
-    """The stock model, with the asymmetric loss of these parameters if any are given."""
+    """The stock model in training mode, with the asymmetric loss of these parameters if any are given."""
+    model = build_once(head, tuple(loss.items()))
+    model.zero_grad()
+    return model.train()
+
+
+@cache
+def build_once(head, loss):
     path, _, options = HEADS[head]
     cfg = get_config(f'mmpretrain::{path}.py')
     cfg.merge_from_dict(options)
     if loss:
-        loss = dict(_delete_=True, type='mmasl.AsymmetricLoss', use_sigmoid=True) | loss
+        loss = dict(_delete_=True, type='mmasl.AsymmetricLoss', use_sigmoid=True) | dict(loss)
         cfg.merge_from_dict({'model.head.loss': loss})
     # As the Runner does.
     cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -45,7 +54,7 @@ def build(head, **loss):
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         model = MODELS.build(cfg.model)
     assert type(model.head).__name__ == head
-    return model.train()
+    return model
 
 
 def samples(head, form):
@@ -96,7 +105,7 @@ def test_training_step(head, form):
     model = build(head, gamma_pos=0., gamma_neg=4., clip=0.05)
     assert isinstance(model.head.loss_module, AsymmetricLoss)
     loss, pred, target = step(model, samples(head, form))
-    expected = reference.asymmetric_loss(pred, dense(pred, target), 0., 4., 0.05).sum() / BATCH
+    expected = reference.asymmetric_loss(pred, dense(pred, target), gamma_pos=0., gamma_neg=4., clip=0.05).sum() / BATCH
     torch.testing.assert_close(loss, expected, check_dtype=False, rtol=1e-5, atol=0)
     assert pred.grad.any()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -108,7 +117,7 @@ def test_ignored_labels(head):
     # Labels cannot be both ignored and mixed: the stock config of MultiLabelLinearClsHead has Mixup.
     loss, pred, target = step(model, samples(head, 'ignored'), augment=False)
     known = target != -1
-    expected = reference.asymmetric_loss(pred, target.clamp(min=0), 0., 4., 0.05)[known].sum() / BATCH
+    expected = reference.asymmetric_loss(pred, target.clamp(min=0), gamma_pos=0., gamma_neg=4., clip=0.05)[known].sum() / BATCH
     torch.testing.assert_close(loss, expected, check_dtype=False, rtol=1e-5, atol=0)
     assert not pred.grad[~known].any() and pred.grad[known].any()
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -124,7 +133,7 @@ def test_unknown_labels_need_ignore_index(head):
 @pytest.mark.parametrize('head', HEADS)
 def test_sum_is_official(head):
     loss, pred, target = step(build(head, gamma_pos=0., reduction='sum'), samples(head, 'scores'))
-    expected = reference.asymmetric_loss(pred, target, 0., 4., 0.05).sum()
+    expected = reference.asymmetric_loss(pred, target, gamma_pos=0., gamma_neg=4., clip=0.05).sum()
     torch.testing.assert_close(loss, expected, check_dtype=False, rtol=1e-5, atol=0)
 
 

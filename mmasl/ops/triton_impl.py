@@ -1,8 +1,8 @@
 """The loss, its gradient and the probability sums in one Triton kernel, which reads the logits once.
 
-A program handles a tile of rows and classes. A reduction leaves one number of each tile, row or class, and a second,
-short sum in a fixed order: no atomics, so that results do not change from run to run. All parameters are read from
-memory, so that changing one recompiles nothing.
+A program handles a tile of rows and classes. A reduction writes one number per tile or class, and a second, short sum adds
+them in a fixed order: without atomics results are deterministic. The kernel reads all parameters from memory, so changing
+one does not recompile it.
 """
 from math import prod
 
@@ -12,19 +12,22 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from mmasl.ops.torch_impl import Problem, Result
+
 TILE = 2048  # elements of a program
 INTERPRETED = knobs.runtime.interpret  # by TRITON_INTERPRET=1, which runs the kernel on the CPU
 FAST = tl.constexpr(not INTERPRETED)
-# What the kernel writes as the loss, and the shape of the upstream gradient that it reads.
-MODES = {'none': 1, 'rows': 2, 'sum': 3}
+MODES = {'none': 1, 'sum': 2}  # what the kernel writes as the loss
 
 
-def obstacle(logits: Tensor) -> str:
+def unavailable_reason(logits: Tensor) -> str:
     """Why the kernel cannot run on these logits; empty if it can."""
+    if torch.version.hip:
+        return 'the kernel uses instructions of NVIDIA GPUs, and this torch is built for ROCm'
     if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f'the kernel computes in float32, and the logits are {logits.dtype}'
     if not logits.is_cuda and not (INTERPRETED and logits.device.type == 'cpu'):
-        return f'it takes CUDA, and the logits are on {logits.device}'
+        return f'the kernel needs CUDA, and the logits are on {logits.device}'
     return ''
 
 
@@ -51,11 +54,11 @@ def like(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(logits.shape, dtype=dtype, device=logits.device)
 
 
-def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor | None, gamma_pos: Tensor,
-        gamma_neg: Tensor, clip: Tensor, scale: Tensor, alpha: float | None, detach_focusing: bool,
-        ignore_index: int | None, reduction: str, need_loss: bool, need_grad: bool, need_sums: bool,
-        upstream: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As :func:`mmasl.ops.eager.run`; loss and gradient of single elements have the memory layout of the logits."""
+def run(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_sums: bool = False,
+        upstream: Tensor | None = None) -> Result:
+    """As :func:`mmasl.ops.torch_impl.run`; elementwise results have the memory layout of the logits."""
+    (logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing, ignore_index,
+     reduction) = problem
     classes, empty = logits.shape[-1] if logits.dim() else 1, logits.numel() == 0
     has_labels = quality is not None or target.shape != logits.shape
     z = logits if layout(logits) else logits.contiguous()
@@ -68,8 +71,7 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
     make = torch.zeros if empty else torch.empty
     loss = grad = sums = None
     if need_loss:
-        shape = (tiles_c, outer * inner) if reduction == 'rows' else tiles
-        loss = like(z, torch.float32) if reduction == 'none' else make(shape, dtype=torch.float32, device=z.device)
+        loss = like(z, torch.float32) if reduction == 'none' else make(tiles, dtype=torch.float32, device=z.device)
     if need_grad:
         grad = like(z, z.dtype)
     if need_sums:
@@ -86,8 +88,6 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
         target = target.view(torch.uint8) if target.dtype == torch.bool else target
         target, *target_strides = (target.reshape(-1), inner, 1, 0) if has_labels else strides(target)
         weight, *weight_strides = strides(weight)
-        if upstream is not None:
-            upstream = upstream.unsqueeze(-1) if reduction == 'rows' else upstream
         upstream, *upstream_strides = strides(upstream)
         with torch.cuda.device_of(logits):
             _kernel[(tiles, )](
@@ -100,7 +100,7 @@ def run(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor |
                 PER_CLASS_POS=gamma_pos.dim() == 1, PER_CLASS_NEG=gamma_neg.dim() == 1, PER_CLASS_CLIP=clip.dim() == 1,
                 DETACH=detach_focusing, LOSS=MODES[reduction] if need_loss else 0, BLOCK_R=block_r, BLOCK_C=block_c)
     if need_loss and reduction != 'none':
-        loss = loss.sum(0).reshape(logits.shape[:-1] if reduction == 'rows' else ())
+        loss = loss.sum(0)
     return loss, grad, sums.sum(0) if need_sums else None
 
 
@@ -171,7 +171,9 @@ def _kernel(z_ptr, target_ptr, quality_ptr, weight_ptr, gamma_pos_ptr, gamma_neg
     gamma_pos = _parameter(gamma_pos_ptr, first_class, c, class_mask, PER_CLASS_POS)
     gamma_neg = _parameter(gamma_neg_ptr, first_class, c, class_mask, PER_CLASS_NEG)
     clip = _parameter(clip_ptr, first_class, c, class_mask, PER_CLASS_CLIP)
-    scale = tl.load(scale_ptr)
+    scale = 1.
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
     factor_neg = tl.where(bad, float('nan'), alpha_neg)
 
     # A hard positive is a negative of -z without a margin, so that one evaluation does for each element.
@@ -200,10 +202,6 @@ def _kernel(z_ptr, target_ptr, quality_ptr, weight_ptr, gamma_pos_ptr, gamma_neg
         if LOSS == 1:
             tl.store(loss_ptr + start + offsets, loss * scale, mask=mask)
         if LOSS == 2:
-            images = tl.num_programs(0) // (tiles_r * tiles_c)
-            row_sums = loss_ptr + tile_c.to(tl.int64) * inner * images + rows + r
-            tl.store(row_sums, tl.sum(loss, 1) * scale, mask=row_mask)
-        if LOSS == 3:
             tl.store(loss_ptr + tile, tl.sum(tl.sum(loss, 1), 0) * scale)
     if grad_ptr is not None:
         if upstream_ptr is not None:
@@ -212,7 +210,7 @@ def _kernel(z_ptr, target_ptr, quality_ptr, weight_ptr, gamma_pos_ptr, gamma_neg
         if ignore_index is not None:
             slope = tl.where(used, slope, 0.)
         if grad_ptr.dtype.element_ty == tl.float16:
-            # See mmasl.ops.eager.saturate.
+            # See mmasl.ops.torch_impl.saturate.
             slope = tl.where(tl.abs(slope) <= 131008., tl.minimum(tl.maximum(slope, -65504.), 65504.), slope)
         tl.store(grad_ptr + start + offsets, slope.to(grad_ptr.dtype.element_ty), mask=mask)
     if sums_ptr is not None:
@@ -267,7 +265,7 @@ def _negative_part(z, gamma, clip, DETACH: tl.constexpr):
     return p_m * power * log_term, tl.where(p < clip, 0., slope * power * p), p, q
 
 
-# The hardware's approximations, 2 ulp and without subnormal numbers: 2e-5 relative in all, see tests/ops/test_fused.py.
+# The hardware's approximations, 2 ulp and without subnormal numbers: 2e-5 relative in all, see tests/ops/test_triton_impl.py.
 # Triton's own functions, which its interpreter knows, take several times as many operations.
 @triton.jit
 def _exp2(x):

@@ -1,0 +1,349 @@
+"""The asymmetric loss and its gradient in PyTorch: one formula, run eagerly or compiled.
+
+With z the logit, p = sigmoid(z), q = 1 - p, p_m = max(p - m, 0), and g+ and g- the focusing parameters:
+
+    -L+ = q^g+ * -log p                   d(-L+)/dz = -q^g+ * (q + g+ * p * -log p)
+    -L- = p_m^g- * -log(1 - p_m)          d(-L-)/dz =  p_m^g- * p * q * (1 / (1 - p_m) + g- * -log(1 - p_m) / p_m)
+
+The terms with g+ and g- as factors are the gradient through the focusing weight; ``detach_focusing`` drops them. -L+ is
+-L- of -z with m = 0, so :func:`negative_part` computes both.
+"""
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmasl.errors import DataError
+
+LARGE = 2**20  # elements; from here on a compilation of half a minute pays
+BLOCK = {'cpu': 2**17}  # elements; on the CPU the temporaries of a block stay in the cache
+ACCELERATOR_BLOCK = 2**26  # bounds the memory of temporaries
+Result = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Problem(NamedTuple):
+    """A call of the loss, with parameters as tensors in the dtype of the arithmetic.
+
+    Attributes:
+        logits: (..., C); (N, C) for :func:`formula`.
+        target: Dense, in the shape of the logits, or labels without the last dimension.
+        quality: Soft label of the labelled class, in the shape of the labels.
+        weight: Factor of loss and gradient that broadcasts to the logits.
+        gamma_pos, gamma_neg, clip: Parameters of shape () or (C,).
+        scale: Factor of the result, (); None for 1.
+        alpha, detach_focusing, ignore_index, reduction: See :func:`mmasl.ops.asymmetric_loss`.
+    """
+    logits: Tensor
+    target: Tensor
+    quality: Tensor | None
+    weight: Tensor | None
+    gamma_pos: Tensor
+    gamma_neg: Tensor
+    clip: Tensor
+    scale: Tensor | None
+    alpha: float | None
+    detach_focusing: bool
+    ignore_index: int | None
+    reduction: str
+
+
+def negative_part(x: Tensor, gamma: Tensor, clip: Tensor | float, detach: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-L- and its derivative by the logit ``x``, for any finite ``x``, with p and q = 1 - p.
+
+    p, q and p_m are kept at or above the smallest normal number, so that no power or quotient is infinite.
+    """
+    tiny = torch.finfo(x.dtype).tiny
+    p, q = x.sigmoid(), x.neg().sigmoid_().clamp_min_(tiny)
+    p_m = p - clip
+    below = p_m < 0
+    p_m.clamp_min_(tiny)
+    # -log(1 - p_m) = log(1 + p_m / (1 - p_m)), to rounding for small and for large p_m; 1 - p_m = q + m.
+    odds = p_m / (q + clip)
+    log_term = odds.log1p()
+    focus = p_m.log().mul_(gamma).exp_().masked_fill_(below, 0)
+    grad = odds if detach else torch.addcmul(odds, gamma, log_term)
+    grad = grad.div(p_m).mul_(focus).mul_(p).mul_(q)
+    # Without a margin q underflows for large x, where -log q is x.
+    return torch.where(odds > 0.25 / tiny, x, log_term).mul_(focus), grad, p, q
+
+
+def formula(problem: Problem, need_loss: bool, need_grad: bool, need_sums: bool, upstream: Tensor | None = None,
+            soft: bool | None = None, first_row: int = 0) -> Result:
+    """Loss, gradient and probability sums of rows, each None where it is not needed.
+
+    Args:
+        problem: Logits (N, C), target (N, C) or (N,), quality (N,), weight (N, C).
+        need_loss, need_grad, need_sums: What to compute.
+        upstream: Factor of the gradient, () or (N, C).
+        soft: Whether targets may lie between 0 and 1. A target out of range, or a soft one where hard ones are promised,
+            gives NaN. None: look at the values, and raise for one out of range.
+        first_row: Number of the first row in error messages.
+    """
+    z = problem.logits.detach().to(problem.gamma_neg.dtype)
+    y, ignored, soft = _read_target(problem, soft, first_row)
+    not_y, alpha, weight = 1 - y, problem.alpha, problem.weight
+    if soft:
+        loss, grad, p, q = negative_part(z, problem.gamma_neg, problem.clip, problem.detach_focusing)
+        pos_loss, pos_grad, _, _ = negative_part(-z, problem.gamma_pos, 0., problem.detach_focusing)
+        pos_grad.neg_()
+        if alpha is not None:
+            loss, grad, pos_loss, pos_grad = loss * (1 - alpha), grad * (1 - alpha), pos_loss * alpha, pos_grad * alpha
+        loss, grad, p_pos, p_neg = torch.lerp(loss, pos_loss, y), torch.lerp(grad, pos_grad, y), p, q
+    else:
+        # One evaluation an element: a hard positive is a negative of -z without a margin.
+        sign = not_y - y
+        loss, grad, _, p_pos = negative_part(z * sign, torch.addcmul(not_y * problem.gamma_neg, y, problem.gamma_pos),
+                                             not_y * problem.clip, problem.detach_focusing)
+        grad, p_neg = grad.mul_(sign), p_pos
+        if alpha is not None:
+            weights = not_y * (1 - alpha) + y * alpha
+            loss, grad = loss.mul_(weights), grad.mul_(weights)
+    if weight is not None:
+        loss, grad = loss * weight, grad * weight
+    if ignored is not None:
+        loss, grad = loss.masked_fill(ignored, 0), grad.masked_fill(ignored, 0)
+    if problem.reduction == 'sum':
+        loss = loss.sum()
+    for factor in (problem.scale, upstream):
+        grad = grad if factor is None else grad * factor.to(grad.dtype)
+    loss = loss if problem.scale is None else loss * problem.scale
+    sums = _probability_sums(y, not_y, p_pos, p_neg, weight, ignored) if need_sums else None
+    return loss if need_loss else None, saturate(grad, problem.logits.dtype) if need_grad else None, sums
+
+
+def _read_target(problem: Problem, soft: bool | None, first_row: int) -> tuple[Tensor, Tensor | None, bool]:
+    """The target as (N, C) labels between 0 and 1, what is ignored, and whether labels may be soft."""
+    y, dtype, classes = problem.target, problem.gamma_neg.dtype, problem.logits.shape[-1]
+    ignored = None if problem.ignore_index is None else y == problem.ignore_index
+    look = soft is None
+    if y.dim() == 2:
+        y = y.to(dtype) if ignored is None else y.to(dtype).masked_fill_(ignored, 0)
+        if look:
+            soft = problem.target.dtype != torch.bool and not torch.equal(y * y, y)
+            if soft:
+                check_range(problem.target, ignored, 1, 'target', 'a hard or soft label between 0 and 1', first_row)
+            return y, ignored, bool(soft)
+        known = (y >= 0) & (y <= 1) if soft else (y == 0) | (y == 1)
+        return torch.where(known, y, torch.nan), ignored, bool(soft)
+    if look:
+        check_range(y, ignored, classes, 'label', f'0 to {classes - 1} for a class, {classes} for background', first_row)
+    known = (y >= 0) & (y <= classes)
+    y = (y.unsqueeze(-1) == torch.arange(classes, device=y.device)).to(dtype)
+    if (quality := problem.quality) is not None:
+        if ignored is not None:
+            quality = quality.masked_fill(ignored, 0)
+        if look:
+            check_range(quality, None, 1, 'quality', 'a soft label between 0 and 1', first_row)
+        known = known & (quality >= 0) & (quality <= 1)
+        y = y * quality.unsqueeze(-1)
+    if not look:
+        known = known if ignored is None else known | ignored
+        y = torch.where(known.unsqueeze(-1), y, torch.nan)
+    return y, None if ignored is None else ignored.unsqueeze(-1), problem.quality is not None
+
+
+def check_range(x: Tensor, ignored: Tensor | None, high: int, name: str, allowed: str, first_row: int) -> None:
+    """Raise :class:`DataError` with value and place of the first element outside [0, high] that is not ignored."""
+    good = (x >= 0) & (x <= high)
+    good = good if ignored is None else good | ignored
+    if not good.all():
+        row, *column = place = (~good).nonzero()[0].tolist()
+        raise DataError(f'{name} {x[tuple(place)].item()} at {[first_row + row, *column]} is out of range, which is '
+                        f'{allowed}. Set ignore_index if it marks an entry to leave out')
+
+
+def _probability_sums(y: Tensor, not_y: Tensor, p_pos: Tensor, p_neg: Tensor, weight: Tensor | None,
+                      ignored: Tensor | None) -> Tensor:
+    """(4, C) sums of y p, y, (1 - y) q and 1 - y over the rows, of elements that count."""
+    skipped = ignored if weight is None else weight == 0 if ignored is None else ignored | (weight == 0)
+    if skipped is not None:
+        y, not_y = y.masked_fill(skipped, 0), not_y.masked_fill(skipped, 0)
+    return torch.stack([(y * p_pos).sum(0), y.sum(0), (not_y * p_neg).sum(0), not_y.sum(0)])
+
+
+def saturate(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient in the logits' dtype.
+
+    float16 ends at 65504, so a loss scale of 65536 would turn a gradient of 1 into inf. Up to twice its end it saturates
+    instead; a larger one overflows, and GradScaler sees it.
+    """
+    if dtype == torch.float16:
+        top = torch.finfo(dtype).max
+        grad = torch.where(grad.abs() <= 2 * top, grad.clamp(-top, top), grad)
+    return grad.to(dtype)
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is active, under which values cannot be looked at."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _as_rows(problem: Problem, upstream: Tensor | None) -> tuple[Problem, Tensor | None]:
+    """The problem and the upstream gradient with all leading dimensions in one."""
+    logits, target, quality, weight = problem[:4]
+    if logits.dim() == 2:
+        return problem if weight is None else problem._replace(weight=weight.expand(logits.shape)), upstream
+    classes = logits.shape[-1] if logits.dim() else 1
+    rows = logits.numel() // max(classes, 1)
+    labels = target.dim() < logits.dim()
+    return problem._replace(
+        logits=logits.reshape(rows, classes), target=target.reshape((rows, ) if labels else (rows, classes)),
+        quality=None if quality is None else quality.reshape(rows),
+        weight=None if weight is None else weight.expand(logits.shape).reshape(rows, classes)), (
+            upstream.reshape(rows, classes) if upstream is not None and upstream.dim() else upstream)
+
+
+def run(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_sums: bool = False,
+        upstream: Tensor | None = None) -> Result:
+    """The formula over blocks of rows, which bound the memory of its temporaries."""
+    shape = problem.logits.shape
+    rows, upstream = _as_rows(problem, upstream)
+    look = rows.logits.device.type == 'cpu' and not transformed()
+    soft = None if look else rows.quality is not None or rows.target.is_floating_point()
+    parts = blocks(rows.logits)
+    if len(parts) == 1:
+        loss, grad, sums = formula(rows, need_loss, need_grad, need_sums, upstream, soft)
+    else:
+        grad = torch.empty_like(rows.logits, memory_format=torch.contiguous_format) if need_grad else None
+        losses, all_sums = [], []
+        for part in parts:
+            block = rows._replace(**{name: None if value is None else value[part] for name, value in zip(
+                ('logits', 'target', 'quality', 'weight'), rows)})
+            loss, block_grad, sums = formula(
+                block, need_loss, need_grad, need_sums,
+                upstream[part] if upstream is not None and upstream.dim() else upstream, soft, part.start)
+            losses.append(loss)
+            all_sums.append(sums)
+            if grad is not None:
+                grad[part] = block_grad
+        loss = None if not need_loss else torch.cat(losses) if problem.reduction == 'none' else torch.stack(losses).sum()
+        sums = torch.stack(all_sums).sum(0) if need_sums else None
+    if loss is not None and problem.reduction == 'none':
+        loss = loss.reshape(shape)
+    return loss, None if grad is None else grad.reshape(shape), sums
+
+
+def blocks(logits: Tensor) -> list[slice]:
+    """Rows of (N, C) logits in blocks."""
+    rows, classes = logits.shape
+    step = max(BLOCK.get(logits.device.type, ACCELERATOR_BLOCK) // max(classes, 1), 1)
+    return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
+
+
+@torch.compiler.assume_constant_result
+@lru_cache
+def unavailable_reason() -> str:
+    """Why the formula cannot be compiled here; empty if it can."""
+    try:
+        import torch._dynamo
+        if not hasattr(torch._dynamo.config, 'recompile_limit'):
+            return f'torch 2.6 or newer is needed, and this is {torch.__version__}'
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        get_cpp_compiler()
+    except Exception as error:  # its class differs between versions of torch
+        return f'torch.compile, or a C++ compiler for it, is missing ({error})'
+    return ''
+
+
+@lru_cache
+def _compiled(function: Callable, variant: str) -> Callable:
+    logging.getLogger('mmasl').warning('Compiling the loss for %s, once: this takes up to half a minute', variant)
+    return torch.compile(function, dynamic=True)
+
+
+def compiled(function: Callable, variant: str) -> Callable:
+    """``function``, compiled at its first call of a variant."""
+    def call(*args: object) -> tuple:
+        # All forms of a loss are variants of one function, and PyTorch's limit of 8 is too low for them.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return _compiled(function, variant)(*args)
+    return call
+
+
+def run_compiled(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_sums: bool = False,
+                 upstream: Tensor | None = None) -> Result:
+    """The formula as one C++ loop, for large logits on the CPU; as :func:`run` otherwise."""
+    arguments = need_loss, need_grad, need_sums
+    if not problem.logits.numel():
+        return run(problem, *arguments, upstream)
+    shape = problem.logits.shape
+    rows, row_upstream = _as_rows(problem, upstream)
+    target, labels = rows.target, rows.target.dim() == 1
+    # Guessed from the first row, since hard targets take half the time; a wrong guess gives NaN.
+    soft = rows.quality is not None or (not labels and target.is_floating_point() and bool(target[0].frac().any()))
+    for may_be_soft in (soft, True):
+        variant = f'{"soft" if may_be_soft else "hard"} {"labels" if labels else "dense targets"}'
+        loss, grad, sums = compiled(formula, variant)(rows, *arguments, row_upstream, may_be_soft)
+        if not (loss if need_loss else grad).isnan().any():
+            break
+        if may_be_soft or labels or not target.is_floating_point():
+            return run(problem, *arguments, upstream)  # which raises an error for a target out of range
+    return (loss.reshape(shape) if need_loss and problem.reduction == 'none' else loss,
+            None if grad is None else grad.reshape(shape), sums)
+
+
+def softmax_formula(logits: Tensor, labels: Tensor, gamma_pos: Tensor, gamma_neg: Tensor, smoothing: float,
+                    ignore_index: int | None, need_grad: bool, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The softmax form of (N, C) logits and labels (N,): losses (N,), and the gradient of their sum.
+
+    p of the label is the sigmoid of its lead, the label's logit minus log sum exp of the others, so 1 - p stays exact
+    where p rounds to 1. An unknown label gives NaN.
+    """
+    z, label = logits.detach().to(gamma_pos.dtype), labels.unsqueeze(-1)
+    lowest, classes = torch.finfo(z.dtype).min, z.shape[-1]
+    share = smoothing / classes
+    is_label = torch.arange(classes, device=z.device) == label
+    known = (label >= 0) & (label < classes)
+    top = torch.where(is_label, -torch.inf, z).amax(-1, keepdim=True)
+    others = (z - top).clamp(min=lowest)
+    log_sum = torch.where(is_label, 0., others.exp()).sum(-1, keepdim=True).log()
+    lead = (z.gather(-1, label.clamp(0, classes - 1).long()) - top - log_sum).clamp(lowest, -lowest)
+    loss, slope, rest, p = negative_part(-lead, gamma_pos, 0., False)
+    factor = torch.where(known, 1 - smoothing + share, torch.nan)
+    loss, slope, total = factor * loss, -factor * slope, torch.zeros_like(loss)
+    focused = torch.zeros_like(z) if need_grad else None
+    if smoothing:
+        log_p = (others - (log_sum - F.logsigmoid(-lead))).clamp(min=lowest)
+        power = torch.where(is_label, 0., (gamma_neg * log_p).exp())
+        moment = power * log_p
+        loss = loss - share * moment.sum(-1, keepdim=True)
+        focused = share * (power + gamma_neg * moment)  # minus the derivative of the smoothed part by log p
+        total = -focused.sum(-1, keepdim=True)
+    used = None if ignore_index is None else label != ignore_index
+    loss = loss if used is None else torch.where(used, loss, 0.)
+    if focused is None or not need_grad:
+        return loss.squeeze(-1), None
+    grad = torch.where(is_label, slope - p * total, (others - log_sum).exp() * (-slope - rest * total) - focused)
+    # A row of an unknown label is NaN as a whole.
+    grad = torch.where(known, grad, torch.nan)
+    return loss.squeeze(-1), (grad if used is None else torch.where(used, grad, 0.)).to(grad_dtype)
+
+
+def run_softmax(logits: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
+                ignore_index: int | None, need_grad: bool, grad_dtype: torch.dtype,
+                compile: bool = False) -> tuple[Tensor, Tensor | None]:
+    """:func:`softmax_formula` over blocks of rows, or compiled over all of them."""
+    classes = logits.shape[-1]
+    if labels.device.type == 'cpu' and not transformed():
+        check_range(labels, None if ignore_index is None else labels == ignore_index, classes - 1, 'label',
+                    f'0 to {classes - 1}', 0)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    gammas = [torch.full((), gamma, dtype=dtype, device=logits.device) for gamma in (gamma_pos, gamma_neg)]
+    settings = *gammas, smoothing, ignore_index, need_grad, grad_dtype
+    parts = blocks(logits)
+    if compile and logits.numel():
+        return compiled(softmax_formula, 'softmax')(logits, labels, *settings)
+    if len(parts) == 1:
+        return softmax_formula(logits, labels, *settings)
+    grad = torch.empty_like(logits, dtype=grad_dtype) if need_grad else None
+    losses = []
+    for part in parts:
+        loss, block_grad = softmax_formula(logits[part], labels[part], *settings)
+        losses.append(loss)
+        if grad is not None:
+            grad[part] = block_grad
+    return torch.cat(losses), grad
