@@ -75,7 +75,8 @@ def render_error_page(errors: ErrorAnalysis, predictions: Predictions, facts: Ma
         together=_matrix(100 * errors.together, errors.frequent, predictions),
         pairs=[(predictions.classes[a], predictions.classes[b], count) for a, b, count in errors.pairs],
         paired=min(PAIR_CLASSES, len(predictions.classes)),
-        galleries=[(title, [_describe(m, predictions, pictures) for m in kind]) for title, kind in zip(GALLERIES, drawn)],
+        galleries=[(title, [_describe(m, predictions, pictures) for m in kind])
+                   for title, kind in zip(GALLERIES, drawn)],
         unread=[path for path, picture in pictures.items() if picture is None], data=_chart_data(errors, shown))
 
 
@@ -114,15 +115,16 @@ def _span(values: np.ndarray) -> str:
 def _class_rows(errors: ErrorAnalysis, predictions: Predictions, shown: np.ndarray) -> list[dict[str, Any]]:
     tp, predicted, positive = errors.counts
     with np.errstate(invalid='ignore'):
-        percentages = np.stack([errors.ap, 100 * tp / predicted, 100 * tp / positive, 200 * tp / (predicted + positive)])
+        percentages = np.stack([errors.ap, 100 * tp / predicted, 100 * tp / positive,
+                                200 * tp / (predicted + positive)])
     return [dict(name=predictions.classes[c], positives=positive[c], percentages=percentages[:, c],
                  false_positives=predicted[c] - tp[c], false_negatives=positive[c] - tp[c], gap=errors.gaps[c])
             for c in shown]
 
 
 def _class_note(errors: ErrorAnalysis, shown: np.ndarray) -> str:
-    note = ('Percent. Click a heading to sort, and a class to see its curves. Gap: mean p of positives minus mean 1 - p '
-            'of negatives.')
+    note = ('Percent. Click a heading to sort, and a class to see its curves. Gap: mean p of positives minus mean '
+            '1 - p of negatives.')
     if len(shown) < errors.ap.size:
         note = (f'{len(shown):,} of {errors.ap.size:,} classes: the {CLASSES // 2} of lowest AP and the {CLASSES // 2} '
                 f'with the most positives. All sums include all classes. {note}')

@@ -1,7 +1,7 @@
 """The gradient of negatives over their probability: regimes, stationary point p* and jump (Sec. 2.5, arXiv 2009.14119).
 
-The curves are computed by the loss itself, in float64. The properties follow from the closed forms that docs/analysis.md
-derives; p* with focusing is the root of one equation.
+The curves are computed by the loss itself, in float64. The properties follow from the closed forms of docs/analysis.md;
+p* with focusing is the root of one equation.
 """
 import functools
 import math

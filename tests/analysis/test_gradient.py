@@ -161,7 +161,8 @@ def test_p_star(gamma, clip, detach):
 
 @pytest.mark.parametrize('clip', [1e-6, 0.05, 0.2, 0.6, 0.617])
 def test_p_star_of_the_margin_alone(clip):
-    assert analyse_gradient(Setting(0, 0, clip)).p_star == pytest.approx(1 + clip - math.sqrt(clip * (1 + clip)), abs=1e-10)
+    expected = 1 + clip - math.sqrt(clip * (1 + clip))
+    assert analyse_gradient(Setting(0, 0, clip)).p_star == pytest.approx(expected, abs=1e-10)
 
 
 @pytest.mark.parametrize('clip', [0.62, 0.9])

@@ -16,8 +16,11 @@ from mmpretrain.structures import DataSample
 from torch.testing import assert_close
 
 from mmasl.apis import inferencer as module
-from mmasl.apis.inferencer import MultiLabelInferencer, Rule, draw_labels, parse_thr
-from mmasl.errors import UnreadableImageError
+from mmasl.apis import model_files
+from mmasl.apis.drawing import draw_labels
+from mmasl.apis.inferencer import MultiLabelInferencer
+from mmasl.apis.label_rule import LabelRule, parse_thresholds
+from mmasl.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UnreadableImageError
 from mmasl.ops import posterior
 
 CLASSES = ('red', 'green', 'blue', 'dim')
@@ -147,15 +150,15 @@ def test_the_pipeline_gets_arrays_as_its_loader_gives_them():
 
 
 @pytest.mark.parametrize('inputs, error, message', [
-    ('none.png', FileNotFoundError, 'no such image or folder: none.png'),
-    (['images/red.png', 'none.png'], FileNotFoundError, 'no such image or folder: none.png'),
-    ('empty', FileNotFoundError, r'no image in the folder empty: it has no file that ends in .jpg.*subfolders'),
-    ([], ValueError, 'there are no images'),
-    (np.zeros((8, 8), np.uint8), ValueError, r'shape \(8, 8\) and uint8 is no image: it must be \(H, W, 3\)'),
-    (np.zeros((0, 8, 3), np.uint8), ValueError, r'shape \(0, 8, 3\)'),
-    (np.zeros((2, 8, 8, 4), np.uint8), ValueError, r'shape \(2, 8, 8, 4\)'),
-    (np.zeros((8, 8, 3)), ValueError, 'and float64 is no image'),
-    ([None], TypeError, 'NoneType is no image: give a path'),
+    ('none.png', DataError, 'no such image or folder: none.png'),
+    (['images/red.png', 'none.png'], DataError, 'no such image or folder: none.png'),
+    ('empty', DataError, r'the folder empty has no image: files must end in .jpg.*subfolders'),
+    ([], DataError, 'the list of images is empty'),
+    (np.zeros((8, 8), np.uint8), DataError, r'shape \(8, 8\) and uint8 is not an image: give \(H, W, 3\)'),
+    (np.zeros((0, 8, 3), np.uint8), DataError, r'shape \(0, 8, 3\)'),
+    (np.zeros((2, 8, 8, 4), np.uint8), DataError, r'shape \(2, 8, 8, 4\)'),
+    (np.zeros((8, 8, 3)), DataError, 'and float64 is not an image'),
+    ([None], TypeError, 'NoneType is not an image: give a path'),
 ], ids=['file', 'second', 'folder', 'nothing', 'grey', 'flat', 'alpha', 'float', 'none'])
 def test_inputs_that_are_refused_before_anything_is_predicted(inputs, error, message, monkeypatch):
     Path('empty/sub').mkdir(parents=True)
@@ -175,8 +178,8 @@ def test_unreadable_images_do_not_cost_the_others():
     error = caught.value
     assert list(error.reasons) == ['images/a.png', 'images/text.png', 'images/v.png']
     assert str(error).splitlines() == [
-        '3 images cannot be read (the others are done: see the results attribute of this error):',
-        *(f'  images/{name}.png: no image, or a damaged one' for name in ('a', 'text', 'v'))]
+        '3 images cannot be read (the results attribute of this error has the others):',
+        *(f'  images/{name}.png: the file is truncated or not an image' for name in ('a', 'text', 'v'))]
     # Done, in order, drawn and written.
     assert found(error.results) == [['blue'], ['green'], ['red', 'green'], ['red'], ['red', 'green', 'blue'], ['red']]
     assert len(list(Path('drawn').iterdir())) == 5 and len(json.loads(Path('p.json').read_text())) == 6
@@ -225,15 +228,15 @@ def sample(*scores, calibrated=None):
     ([0., 0., 0., 0.], None, [3, 1, 0, 2])])
 def test_rule(thr, topk, expected):
     """With both, the k best are found first, as in the paper's Table 8; p at its threshold passes."""
-    rule = Rule(None if thr is None else torch.tensor(thr), topk, False)
+    rule = LabelRule(None if thr is None else torch.tensor(thr), topk, False)
     assert rule.labels(sample(0.3, 0.5, 0.1, 0.9)).tolist() == expected
 
 
 def test_rule_of_calibrated_scores():
     one = sample(0.04, 0.99, 0.03, 0.7, calibrated=(0., 0.96, 0., 0.5))
-    assert Rule(None, None, True).labels(one).tolist() == [1, 3, 0, 2]  # zeros in the order of p
-    assert Rule(torch.full((4, ), 0.5), None, True).labels(one).tolist() == [1]  # at its threshold it does not pass
-    assert Rule(torch.zeros(4), None, True).labels(one).tolist() == [1, 3]
+    assert LabelRule(None, None, True).labels(one).tolist() == [1, 3, 0, 2]  # zeros in the order of p
+    assert LabelRule(torch.full((4, ), 0.5), None, True).labels(one).tolist() == [1]  # excluding 1/2
+    assert LabelRule(torch.zeros(4), None, True).labels(one).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize('arguments, expected', [
@@ -257,8 +260,8 @@ def test_calibrated_scores(gamma_neg, clip):
     inferencer = build(head='mmasl.MultiLabelLinearClsHead', loss=dict(gamma_neg=gamma_neg, clip=clip))
     z = logits('orange')
     result, = inferencer('images/orange.png', return_datasamples=True)['predictions']
-    assert_close(result.calibrated_score, posterior(z, gamma_neg, clip), rtol=1e-5, atol=1e-6)
-    p, q = z.sigmoid()[1], posterior(z, gamma_neg, clip)[1]  # of green: 0.64, and less
+    assert_close(result.calibrated_score, posterior(z, gamma_neg=gamma_neg, clip=clip), rtol=1e-5, atol=1e-6)
+    p, q = z.sigmoid()[1], posterior(z, gamma_neg=gamma_neg, clip=clip)[1]  # of green: 0.64, and less
     assert q < p - 0.02
     between = (p + q).item() / 2
     assert found(inferencer('images/orange.png', thr=between)) == [['red']]
@@ -269,9 +272,9 @@ def test_the_trained_asymmetry_is_restored():
     adapted = dict(gamma_neg=torch.tensor(1.5), clip=torch.tensor(0.02))
     weights = save(adaptive_asymmetry=[adapted | dict(sums=torch.zeros(4), gap=torch.tensor(0.))])
     result, = build(weights, head='mmasl.MultiLabelLinearClsHead')('images/orange.png')['predictions']
-    expected = posterior(logits('orange'), 1.5, 0.02)
+    expected = posterior(logits('orange'), gamma_neg=1.5, clip=0.02)
     assert result['calibrated_score'] == pytest.approx(expected[result['pred_label']].tolist(), abs=1e-6)
-    assert abs(expected[1] - posterior(logits('orange'), 4., 0.05)[1]) > 0.1
+    assert abs(expected[1] - posterior(logits('orange'), gamma_neg=4., clip=0.05)[1]) > 0.1
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -279,11 +282,11 @@ def test_the_trained_asymmetry_is_restored():
     (dict(thr=float('nan')), r"thr=nan of 'red' must be"),
     (dict(thr=[0.5, 0.5, -0.1, 0.5]), "thr=-0.1 of 'blue' must be"),
     (dict(thr=[0.5, 0.5]), 'thr has 2 values for 4 classes'),
-    (dict(thr={'rde': 0.5}), r"thr names \['rde'\], which are none of the 4 classes red, green, blue, dim"),
+    (dict(thr={'rde': 0.5}), r"thr has unknown classes \['rde'\]: the 4 classes are red, green, blue, dim"),
     (dict(topk=0), 'topk=0 must be from 1 to the 4 classes'),
     (dict(topk=5), 'topk=5 must be'),
     (dict(calibrated=True), r'MultiLabelLinearClsHead with AsymmetricLoss predicts no .*mmasl.MultiLabelLinearClsHead'),
-    (dict(out_file='p.pkl'), "out_file='p.pkl': predictions are written to .json"),
+    (dict(out_file='p.pkl'), "out_file='p.pkl': give a .json file"),
     (dict(batch_size=0), 'batch_size'),
     (dict(threshold=0.5), 'threshold'),
 ], ids=lambda value: None if isinstance(value, str) else '-'.join(map(str, value)))
@@ -294,7 +297,7 @@ def test_arguments_that_are_refused(arguments, message):
 
 def test_a_threshold_that_no_calibrated_score_exceeds():
     inferencer = build(head='mmasl.MultiLabelLinearClsHead')
-    with pytest.raises(ValueError, match="thr=0.97 of 'blue' is never exceeded: calibrated scores stay below 0.964"):
+    with pytest.raises(ValueError, match="thr=0.97 of 'blue' is never exceeded: .* stay below 0.964"):
         inferencer('images', thr={'blue': 0.97})
     assert found(inferencer('images/blue.png', thr={'blue': 0.97}, calibrated=False)) == [['blue']]
     assert found(inferencer('images/white.png', thr={'blue': 1})) == [['red', 'green']]
@@ -302,14 +305,14 @@ def test_a_threshold_that_no_calibrated_score_exceeds():
 
 @pytest.mark.parametrize('values, expected', [
     ([], None), (['0.5'], 0.5), (['red=0.3', 'a=b=.7'], {'red': 0.3, 'a=b': 0.7})])
-def test_parse_thr(values, expected):
-    assert parse_thr(values) == expected
+def test_parse_thresholds(values, expected):
+    assert parse_thresholds(values) == expected
 
 
 @pytest.mark.parametrize('values', [['high'], ['red=high'], ['0.5', '0.6'], ['0.5', 'red=0.3']])
 def test_parse_thr_refuses(values):
     with pytest.raises(ValueError, match='NUMBER'):
-        parse_thr(values)
+        parse_thresholds(values)
 
 
 # --- results
@@ -358,7 +361,7 @@ def test_names_of_a_data_set_that_has_its_own(monkeypatch):
 
 
 def test_without_names_classes_are_numbers():
-    with pytest.warns(UserWarning, match='they are numbers. Set test_dataloader.dataset.metainfo'):
+    with pytest.warns(UserWarning, match='numbers are used. Set test_dataloader.dataset.metainfo'):
         inferencer = build(save(meta={}))
     assert found(inferencer('images/white.png', thr={'1': 1.})) == [['0', '2']]
 
@@ -389,8 +392,8 @@ def test_nothing_is_downloaded_for_the_backbone():
 
 
 def test_official_checkpoints_are_converted(monkeypatch):
-    monkeypatch.setattr(module, 'is_official', lambda checkpoint: 'official' in checkpoint)
-    monkeypatch.setattr(module, 'convert_official', lambda checkpoint: checkpoint['official'])
+    monkeypatch.setattr(model_files, 'is_official', lambda checkpoint: 'official' in checkpoint)
+    monkeypatch.setattr(model_files, 'convert_official', lambda checkpoint: checkpoint['official'])
     torch.save(dict(official=dict(state_dict=state(), meta=dict(dataset_meta=dict(classes=CLASSES)))), 'o.pth')
     assert build('o.pth').classes == list(CLASSES)
 
@@ -405,12 +408,12 @@ def change(key, value):
 
 
 @pytest.mark.parametrize('classes, dataset, weights, message', [
-    (('a', 'b'), {}, state(), 'the checkpoint names 2 classes and model.head.num_classes is 4'),
+    (('a', 'b'), {}, state(), 'the checkpoint names 2 classes, but model.head.num_classes is 4'),
     (None, dict(metainfo=dict(classes=list('abc'))), state(),
-     'the config names 3 classes and model.head.num_classes is 4'),
+     'the config names 3 classes, but model.head.num_classes is 4'),
     (CLASSES, {}, change('head.fc.weight', torch.zeros(5, 3)),
-     r'w.pth does not fit the model .* size mismatch for head.fc.weight: .*\[5, 3\].*\[4, 3\]'),
-    (CLASSES, {}, change('head.fc.bias', None), 'w.pth does not fit .* it lacks 1 weights: head.fc.bias'),
+     r'w.pth does not fit .*: head.fc.weight is \(5, 3\) in the checkpoint and \(4, 3\) in the model'),
+    (CLASSES, {}, change('head.fc.bias', None), 'w.pth does not fit .*: head.fc.bias is missing'),
 ], ids=['checkpoint', 'config', 'shape', 'missing'])
 def test_counts_that_do_not_fit(classes, dataset, weights, message):
     cfg = config()
@@ -420,7 +423,7 @@ def test_counts_that_do_not_fit(classes, dataset, weights, message):
 
 
 def test_weights_too_many_are_named():
-    with pytest.warns(UserWarning, match='w.pth has 1 weights that the model of the config does not: aux.weight'):
+    with pytest.warns(UserWarning, match='w.pth has 1 weights that the model of the config does not have: aux.weight'):
         build(save(weights=change('aux.weight', torch.zeros(1))))
 
 
@@ -430,7 +433,7 @@ def test_a_head_that_does_not_know_its_number_of_classes():
     cfg.model.head = dict(type='MultiLabelClsHead', thr=0.6)
     weights = save(meta=dict(dataset_meta=dict(classes=None)), weights={'unused': torch.zeros(1)})
     with pytest.warns(UserWarning, match='unused'), pytest.raises(
-            ValueError, match='the head does not tell their number: set test_dataloader'):
+            ValueError, match='the head has no num_classes. Set test_dataloader'):
         MultiLabelInferencer(cfg, weights, 'cpu')
     for classes, expected in ((('r', 'g', 'b'), [['r']]), (CLASSES, None)):
         weights = save(meta=dict(dataset_meta=dict(classes=classes)), weights={'unused': torch.zeros(1)})
@@ -439,15 +442,15 @@ def test_a_head_that_does_not_know_its_number_of_classes():
         if expected:
             assert found(inferencer('images/red.png')) == expected
         else:
-            with pytest.raises(ValueError, match='the model predicts 3 classes and 4 have a name'):
+            with pytest.raises(ValueError, match='the model predicts 3 classes, but 4 have names'):
                 inferencer('images/red.png')
 
 
 def test_a_broken_model_is_named():
     inferencer = build(save(weights=change('head.fc.bias', torch.full((4, ), torch.nan))))
-    with pytest.raises(ValueError, match='the model predicts NaN for images/red.png'):
+    with pytest.raises(NonFiniteError, match='the model predicts NaN for images/red.png'):
         inferencer('images/red.png')
-    with pytest.raises(ValueError, match='the model predicts NaN for array 0'):
+    with pytest.raises(NonFiniteError, match='the model predicts NaN for array 0'):
         inferencer(paint('red'))
 
 
@@ -459,7 +462,7 @@ class Hostile:
 
 def test_a_checkpoint_that_would_execute_is_refused():
     weights = save(optimizer=Hostile())
-    with pytest.raises(ValueError, match=r'w.pth is refused: loading it could execute .*Unsupported global: GLOBAL'):
+    with pytest.raises(ValueError, match='w.pth is refused: loading it could execute code'):
         build(weights)
     assert not Path('owned').exists()
     torch.load(weights, weights_only=False)  # it is indeed hostile
@@ -481,7 +484,7 @@ def test_files_that_are_no_checkpoints(content):
     if content is None:
         content = Path(save()).read_bytes()[:-100]
     Path('x.pth').write_bytes(content)
-    with pytest.raises(ValueError, match='x.pth is no checkpoint'):
+    with pytest.raises(ValueError, match='x.pth is not a checkpoint'):
         build('x.pth')
 
 
@@ -499,22 +502,22 @@ def test_checkpoints_of_real_trainings_load():
     assert found(build(weights)('images/red.png')) == [['red']]
 
 
-@pytest.mark.parametrize('model, weights, message', [
-    ('none.py', 'w.pth', 'no such config: none.py'), (None, 'none.pth', 'no such checkpoint: none.pth')])
-def test_missing_files(model, weights, message):
+@pytest.mark.parametrize('model, weights, error', [
+    ('none.py', 'w.pth', ConfigError), (None, 'none.pth', CheckpointError)])
+def test_missing_files(model, weights, error):
     save()
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(error, match='none'):
         MultiLabelInferencer(model or config(), weights, 'cpu')
 
 
 def test_other_models_and_pipelines_are_refused():
     cfg = config()
     cfg.model.head = dict(type='LinearClsHead', num_classes=4, in_channels=3)
-    with pytest.raises(ValueError, match='model.head is LinearClsHead, no multi-label head'):
+    with pytest.raises(ValueError, match='model.head is LinearClsHead: use a multi-label head'):
         MultiLabelInferencer(cfg, save(), 'cpu')
     cfg = config()
     del cfg.test_dataloader.dataset.pipeline[0]
-    with pytest.raises(ValueError, match='the test pipeline starts with Resize, and must with LoadImageFromFile'):
+    with pytest.raises(ValueError, match='the test pipeline starts with Resize: it must start with LoadImageFromFile'):
         MultiLabelInferencer(cfg, save(), 'cpu')
     cfg = config()
     cfg.test_dataloader = None
@@ -547,7 +550,7 @@ def test_a_picture_shows_the_image_and_the_scores():
 def test_a_picture_of_many_labels_says_how_many_are_left_out(predicted, shown):
     scores = torch.linspace(0.99, 0.01, 40)
     one = sample(*scores.tolist())
-    rule = Rule(scores[predicted - 1].expand(40), None, False)
+    rule = LabelRule(scores[predicted - 1].expand(40), None, False)
     picture = draw_labels(paint('red'), one.set_pred_label(rule.labels(one)), ['$' * 40] * 40, rule)
     assert len(bar_lengths(picture)) == shown
 
@@ -555,7 +558,7 @@ def test_a_picture_of_many_labels_says_how_many_are_left_out(predicted, shown):
 def test_predicted_labels_come_first_in_a_picture():
     """One threshold each: the second best is predicted and the best is not."""
     one = sample(0.9, 0.8, 0.1)
-    rule = Rule(torch.tensor([0.95, 0.5, 0.5]), None, False)
+    rule = LabelRule(torch.tensor([0.95, 0.5, 0.5]), None, False)
     picture = draw_labels(paint('red'), one.set_pred_label(rule.labels(one)), 'abc', rule)
     length, = bar_lengths(picture)
     full = (np.abs(picture.astype(int) - 211).sum(-1) < 10).sum(1).max()  # of 0.9, in grey

@@ -1,21 +1,18 @@
-"""tools/advise.py on small digits: what it prints for both families, its warnings, and how it refuses."""
+"""tools/advise.py on small digits: reports for both families, findings and refusals."""
 import logging
 import re
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 from PIL import Image
 
+from mmasl.analysis.advice import drop_downloads
+from mmasl.analysis.suggestion import LADDER
 from mmasl.datasets.digits import DigitScenes
+from tools import advise as tool
 
 ROOT = Path(__file__).parents[2]
-spec = spec_from_file_location('tools_advise', ROOT / 'tools' / 'advise.py')
-TOOL = module_from_spec(spec)
-spec.loader.exec_module(TOOL)
-
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory) -> Path:
@@ -31,7 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def advise(digits, monkeypatch, capsys):
+def advise(digits, capsys):
     """Runs the tool on a config that inherits a shipped one, with changes; returns what it prints."""
     def run(base: str, text: str, *argv: str) -> str:
         Path('c.py').write_text(f"""
@@ -39,8 +36,7 @@ _base_ = {str(ROOT / 'configs/digits' / base)!r}
 train_dataloader = dict(batch_size=4, dataset=dict(data_root={str(digits)!r}))
 {text}
 """)
-        monkeypatch.setattr(sys, 'argv', ['advise.py', 'c.py', '--batches', '2', *argv])
-        TOOL.main()
+        tool.main(['c.py', '--batches', '2', *argv])
         return capsys.readouterr().out
     return run
 
@@ -69,17 +65,17 @@ def test_classifier(advise):
     assert '12 images, 40 classes, multi-label' in report
     assert 'Gradient of the first 2 batches of 4 images' in report
     rows = table(report)
-    assert list(rows) == ['the config', *TOOL.LADDER, 'suggested below']
+    assert list(rows) == ['the config', *LADDER, 'suggested below']
     # The config is the suggestion: the loss's own gradient is the ladder's arithmetic.
-    assert rows['the config'] == rows['suggested below'] and rows['the config'][0] == '(4, 0, 0.05)'
+    assert rows['the config'] == rows['suggested below'] and rows['the config'][0] == '(0, 4, 0.05)'
     shares = [float(rows[name][1].rstrip('%')) for name in ('cross-entropy', 'asymmetric', 'more asymmetric')]
     assert shares == sorted(shares) and rows['cross-entropy'][-1] == '1'
     loss = snippet(report).model.head.loss
     assert (loss.type, loss.gamma_neg, loss.gamma_pos, loss.clip) == ('mmasl.AsymmetricLoss', 4, 0, 0.05)
     assert loss.detach_focusing is False
-    assert '(0, 0, 0) -> focal loss (2, 2, 0) -> asymmetric (2, 1, 0)' in report and 'AdaptiveAsymmetryHook' in report
+    assert '(0, 0, 0) -> focal loss (2, 2, 0) -> asymmetric (1, 2, 0)' in report and 'AdaptiveAsymmetryHook' in report
     # 12 images of 40 classes leave some out; nothing else is wrong.
-    assert '## Warnings: 1' in report and 'classes have no label' in report
+    assert '## Findings: 1' in report and 'classes have no label' in report
 
 
 def test_classifier_with_every_mistake(advise):
@@ -90,14 +86,14 @@ model = dict(backbone=dict(init_cfg=dict(checkpoint='https://host/weights.pth'))
 optim_wrapper = dict(optimizer=dict(_delete_=True, type='Adam', lr=1e-3, weight_decay=1e-4))
 custom_hooks = [dict(type='EMAHook', momentum=3e-4)]
 """, '--gpus', '2')
-    assert 'Note: model.backbone.init_cfg.checkpoint = https://host/weights.pth is no local file' in report
-    assert '## Warnings: 6' in report
+    assert 'Note: model.backbone.init_cfg.checkpoint = https://host/weights.pth is not a local file' in report
+    assert '## Findings: 6' in report
     for number, where in enumerate(('train_dataloader.dataset.metainfo.classes', 'custom_hooks.0.momentum',
                                     'model.head.loss.type', 'model.head.loss.gamma_pos', 'model.head.loss.clip',
                                     'optim_wrapper.optimizer'), 1):
         assert f'\n{number}. ' in report and f'   where: {where}\n' in report
     # 3 batches an epoch are 2 iterations on 2 GPUs, for 8 epochs.
-    assert 'over 16 iterations' in report
+    assert 'for 16 iterations' in report
     assert table(report)['the config'][3] == '100%'
     assert snippet(report).model.head.loss.clip == 0
 
@@ -119,10 +115,10 @@ train_dataloader['dataset'] = dict(
 """)
     assert '304 labels ignored' in report and 'negatives per positive: 1 without the ignored' in report
     assert '8 positives, 160 negatives (20 per positive)' in report
-    assert 'each label without annotation is 0.5 negatives' in report
-    assert '20 negatives per positive, a label without annotation counted as 0.5 of them: App. B' in report
+    assert 'each label without annotation counts as 0.5 negatives' in report
+    assert '20 negatives per positive, where a label without annotation counts as 0.5: App. B' in report
     rows = table(report)
-    assert rows['the config'] == rows['suggested below'] and rows['the config'][0] == '(4, 0, 0.05)'
+    assert rows['the config'] == rows['suggested below'] and rows['the config'][0] == '(0, 4, 0.05)'
     loss = snippet(report).model.head.loss
     assert (loss.ignore_index, loss.weight_unannotated) == (-1, 0.5)
 
@@ -130,7 +126,7 @@ train_dataloader['dataset'] = dict(
 def test_softmax_classifier(advise, tmp_path):
     glyphs = DigitScenes(train=12, val=1, size=32, single=True, labels_per_image=1).write(tmp_path / 'glyphs')
     report = advise('resnet_ce_glyphs.py', f"train_dataloader['dataset']['data_root'] = {str(glyphs)!r}")
-    assert 'CrossEntropyLoss, on a softmax' in report and table(report)['the config'][1] == '50.0%'
+    assert 'CrossEntropyLoss, softmax' in report and table(report)['the config'][1] == '50.0%'
     assert 'App. G' in report and snippet(report).model.head.loss.gamma_neg == 4
 
 
@@ -143,7 +139,7 @@ def test_detector(advise):
     loss = snippet(report).model.bbox_head.loss_cls
     assert loss == dict(type='mmasl.AsymmetricLoss', use_sigmoid=True, gamma_pos=1, gamma_neg=2, clip=0, alpha=0.25,
                         loss_weight=1)
-    assert '## Warnings: 1' in report and Path('classes.png').stat().st_size > 1000
+    assert '## Findings: 1' in report and Path('classes.png').stat().st_size > 1000
 
 
 def test_detector_with_every_mistake(advise):
@@ -151,25 +147,25 @@ def test_detector_with_every_mistake(advise):
 model['bbox_head'] = dict(loss_cls=dict(
     _delete_=True, type='mmasl.AsymmetricLoss', gamma_pos=1., gamma_neg=4., clip=0.05))
 """)
-    assert '## Warnings: 4' in report and 'predictions have 41' in report
+    assert '## Findings: 4' in report and 'predictions have 41' in report
     for key in ('use_sigmoid', 'alpha', 'clip'):
         assert f'where: model.bbox_head.loss_cls.{key}\n' in report
 
 
-def test_suggestion_is_advised_without_complaint(advise):
+def test_the_suggestion_has_no_findings(advise):
     """What is suggested builds, and is what is suggested for it in turn."""
     report = advise('fcos_focal_digits.py', RANDOM)
     lines = report.split('```python\n')[1].split('```')[0].splitlines()
     again = advise('fcos_focal_digits.py', '\n'.join(lines[2:]) + "\nmodel['backbone'] = dict(init_cfg=None)")
     assert table(again)['the config'] == table(again)['asymmetric, suggested below']
-    assert '## Warnings: 1' in again
+    assert '## Findings: 1' in again
 
 
 def test_weights_to_start_from(advise, digits):
     import torch
     torch.save({}, 'mine.pth')
     report = advise('resnet_bce_digits.py', RANDOM + "\nload_from = 'https://host/a.pth'")
-    assert 'Note: load_from = https://host/a.pth is no local file' in report
+    assert 'Note: load_from = https://host/a.pth is not a local file' in report
     report = advise('resnet_bce_digits.py', RANDOM + "\nload_from = 'mine.pth'")
     assert 'Note' not in report
 
@@ -180,26 +176,24 @@ def test_weights_to_start_from(advise, digits):
     (dict(backbone=dict(pretrained=True)), 'model.backbone.pretrained'),
     (dict(heads=[dict(init_cfg=dict(type='Pretrained', checkpoint='gone.pth'))]), 'model.heads.0.init_cfg.checkpoint')))
 def test_downloads_are_dropped(model, dropped):
-    assert [what.split(' = ')[0] for what in TOOL.drop_downloads(model)] == [dropped]
-    assert list(TOOL.drop_downloads(model)) == []
+    assert [what.split(' = ')[0] for what in drop_downloads(model)] == [dropped]
+    assert list(drop_downloads(model)) == []
 
 
 def test_local_weights_are_kept():
     Path('here.pth').touch()
     model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='here.pth'), pretrained='here.pth'))
-    assert list(TOOL.drop_downloads(model)) == [] and model['backbone']['init_cfg']['checkpoint'] == 'here.pth'
+    assert list(drop_downloads(model)) == [] and model['backbone']['init_cfg']['checkpoint'] == 'here.pth'
 
 
 @pytest.mark.parametrize('text, argv, message', (
     ('', ['--batches', '0'], '--batches 0: at least 1'),
-    ('', ['--plot', 'x.txt'], 'written to .png, .svg or .pdf'),
+    ('', ['--plot', 'x.txt'], 'give a .png, .svg or .pdf file'),
     ('', ['--cfg-options', 'train_dataloader.dataset.ann_file=gone.json'], 'gone.json'),
     ('train_dataloader = None', [], 'c.py has no train_dataloader'),
     ('model = dict(head=dict(num_classes=10))', [], 'model.head has num_classes=10, but the training data has 40'),
-    ("model = dict(head=dict(type='Absent'))", [], 'The model cannot be built: KeyError'),
-    ('model = dict(head=dict(in_channels=7))', [], 'The first batches do not go through the model: RuntimeError'),
-    ("train_dataloader['dataset']['classes'] = ['red 0', 'none']", [], 'The training data cannot be read: ValueError')),
-    ids=('batches', 'plot', 'data', 'loader', 'classes', 'type', 'shape', 'labels'))
+    ("train_dataloader['dataset']['classes'] = ['red 0', 'none']", [], 'none')),
+    ids=('batches', 'plot', 'data', 'loader', 'classes', 'labels'))
 def test_refusals(text, argv, message, advise):
     if text.startswith('model'):
         text += "\nmodel['backbone'] = dict(init_cfg=None)"

@@ -2,7 +2,6 @@
 import json
 import re
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import mmcv
@@ -13,12 +12,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from mmasl.ops import posterior
+from tools import infer
 
 ROOT = Path(__file__).parents[2]
-spec = spec_from_file_location('tools_infer', ROOT / 'tools' / 'infer.py')
-infer = module_from_spec(spec)
-spec.loader.exec_module(infer)
-
 CLASSES = ('red', 'green', 'blue', 'none')
 COLORS = dict(black=(0, 0, 0), blue=(0, 0, 255), orange=(255, 140, 0))
 
@@ -100,7 +96,7 @@ def test_flags_that_decide(flags, expected):
 
 def test_calibrated_scores_of_a_stock_head(capsys):
     infer.main(['images/orange.png', 'cls.py', 'cls.pth', '--calibrated', '--json', 'p.json', '--thr', '0.3'])
-    q = posterior(torch.tensor([6., 12 * 140 / 255 - 6]), 4., 0.05)
+    q = posterior(torch.tensor([6., 12 * 140 / 255 - 6]), gamma_neg=4., clip=0.05)
     record, = json.loads(Path('p.json').read_text())
     assert record['pred_class'] == ['red', 'green']
     assert record['calibrated_score'] == pytest.approx(q.tolist(), abs=1e-5)
@@ -166,7 +162,7 @@ def test_unreadable_images_are_told_last(config, detector, capsys):
         infer.main(['images', config, config.replace('.py', '.pth'), '--json', 'p.json', '--out-dir', 'drawn',
                     '--batch-size', '2'])
     assert stop.value.code.splitlines() == [
-        '2 images cannot be read:', *(f'  images/{name}.jpg: no image, or a damaged one' for name in 'ab')]
+        '2 images cannot be read:', *(f'  images/{name}.jpg: the file is truncated or not an image' for name in 'ab')]
     assert len(json.loads(Path('p.json').read_text())) == len(list(Path('drawn').iterdir())) == 3
     assert capsys.readouterr().out.count('images/') == 3
 
@@ -179,18 +175,17 @@ def test_unreadable_images_are_told_last(config, detector, capsys):
     (['none', 'cls.py', 'cls.pth'], 'no such image or folder: none'),
     (['none', 'fcos.py', 'fcos.pth'], 'no such image or folder: none'),
     (['images', 'cls.py', 'fcos.pth'], 'fcos.pth does not fit the model of the config'),
-    (['images', 'fcos.py', 'cls.pth'], 'cls.pth does not fit the model of the config, .* it lacks'),
+    (['images', 'fcos.py', 'cls.pth'], 'cls.pth does not fit the model of the config'),
     (['images', 'cls.py', 'cls.pth', '--thr', 'high'], r"--thr \['high'\]: give NUMBER or CLASS=NUMBER"),
     (['images', 'cls.py', 'cls.pth', '--thr', '2'], r"thr=2 of 'red' must be in \[0, 1\]"),
     (['images', 'fcos.py', 'fcos.pth', '--thr', '2'], r"thr=2 of 'red' must be in \[0, 1\]"),
-    (['images', 'cls.py', 'cls.pth', '--thr', 'rde=0.5'], r"thr names \['rde'\]"),
-    (['images', 'cls.py', 'cls.pth', '--topk', '0'], '--topk 0: at least 1 is needed'),
+    (['images', 'cls.py', 'cls.pth', '--thr', 'rde=0.5'], r"thr has unknown classes \['rde'\]"),
+    (['images', 'cls.py', 'cls.pth', '--topk', '0'], '--topk 0: give 1 or more'),
     (['images', 'cls.py', 'cls.pth', '--topk', '9'], 'topk=9 must be from 1 to the 4 classes'),
-    (['images', 'cls.py', 'cls.pth', '--batch-size', '0'], '--batch-size 0: at least 1 is needed'),
-    (['images', 'cls.py', 'cls.pth', '--json', 'p.txt'], '--json p.txt: predictions are written to .json'),
+    (['images', 'cls.py', 'cls.pth', '--batch-size', '0'], '--batch-size 0: give 1 or more'),
+    (['images', 'cls.py', 'cls.pth', '--json', 'p.txt'], '--json p.txt: give a .json file'),
     (['images', 'cls.py', 'cls.pth', '--device', 'gpu'], '--device gpu: .*[Ee]xpected one of'),
     (['images', 'fcos.py', 'fcos.pth', '--calibrated'], '--calibrated is for classifiers'),
-    (['images', 'cls.py', 'cls.pth', '--calibrated', '--cfg-options', 'model.head.loss.type=mmasl.NoLoss'], 'NoLoss'),
     (['images', 'cls.py', 'cls.pth', '--cfg-options', 'test_dataloader=None'], 'the config has no test_dataloader'),
 ], ids=lambda value: '_'.join(value[1:]) if isinstance(value, list) else None)
 def test_refusals(argv, message, detector):
@@ -222,7 +217,7 @@ def test_checkpoints_that_would_execute_are_refused(name, detector):
     """MMEngine, which DetInferencer loads with, would execute them."""
     checkpoint = torch.load(f'{name}.pth') | dict(optimizer=Hostile())
     torch.save(checkpoint, 'evil.pth')
-    with pytest.raises(SystemExit, match='evil.pth is refused: loading it could execute'):
+    with pytest.raises(SystemExit, match='evil.pth is refused: loading it could execute code'):
         infer.main(['images', f'{name}.py', 'evil.pth'])
     assert not Path('owned').exists()
 

@@ -2,7 +2,6 @@
 import csv
 import json
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +10,12 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-from mmasl.utils import tools as cli
+from mmasl.errors import MMASLError
+from mmasl.utils.tools import parse_args
+from tools import inspect_errors
+from tools import test as test_tool
 
 ROOT = Path(__file__).parents[2]
-
-
-def load_tool(name: str):
-    spec = spec_from_file_location(f'tools_{name}', ROOT / 'tools' / f'{name}.py')
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-inspect_errors = load_tool('inspect_errors')
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +35,11 @@ test_dataloader = dict(dataset=dict(type='Data', data_root='.', ann_file='test.j
 
 
 @pytest.mark.parametrize('text, argv, message', [
-    ("default_scope = 'mmdet'", ['w.pth'], "c.py is no classification config: its default_scope is 'mmdet'"),
+    ("default_scope = 'mmdet'", ['w.pth'], "c.py has default_scope='mmdet'"),
     (CONFIG + 'test_dataloader = None', ['w.pth'], 'c.py has no test_dataloader'),
     (CONFIG, ['none.pth'], 'No such checkpoint: none.pth'),
-    (CONFIG, ['w.pth', '--launcher', 'slurm'], 'run it without --launcher'),
-    (CONFIG, ['w.pth', '--top', '-1'], '--top -1 must be 0 or more'),
+    (CONFIG, ['w.pth', '--launcher', 'slurm'], 'leave out --launcher'),
+    (CONFIG, ['w.pth', '--top', '-1'], '--top -1: give 0 or more'),
     (CONFIG, ['w.pth'], 'Missing data'),
     (CONFIG.replace('test.json', 'c.py'), ['w.pth', '--out', 'w.pth/a.html'], '--out w.pth/a.html: '),
     (CONFIG.replace('test.json', 'c.py'), ['w.pth', '--candidates', '.'], '--candidates . is a folder: name a file'),
@@ -55,9 +47,8 @@ test_dataloader = dict(dataset=dict(type='Data', data_root='.', ann_file='test.j
 def test_refusals(text, argv, message):
     Path('c.py').write_text(text)
     Path('w.pth').touch()
-    with pytest.raises(SystemExit) as stop:
-        inspect_errors.configure(cli.parse_args(inspect_errors.build_parser(), ['c.py', *argv]))
-    assert message in stop.value.code
+    with pytest.raises(MMASLError, match=message):
+        inspect_errors.configure(parse_args(inspect_errors.build_parser(), ['c.py', *argv]))
 
 
 # --- real runs
@@ -100,7 +91,7 @@ def test_checkpoint(tiny, folder, monkeypatch):
     assert 'mmasl.CocoMultiLabel digits' in page and 'gamma_neg=2.0' in page and page.count('<img src="data:') > 9
 
     monkeypatch.setattr(sys, 'argv', 'test.py tiny.py w.pth --work-dir w --out m.json --out-item metrics'.split())
-    load_tool('test').main()
+    test_tool.main()
     metrics = json.loads(Path('m.json').read_text())
     assert metrics['multi-label/CF1'] > 1
     for name in ('mAP', 'CP', 'CR', 'CF1', 'OP', 'OR', 'OF1'):
@@ -130,7 +121,7 @@ def test_another_loss_has_no_posterior(tiny, capsys):
 
 @pytest.mark.parametrize('options, message', [
     (['model.head.type=LinearClsHead', 'model.head.loss.type=CrossEntropyLoss', 'model.head.loss._delete_=True'],
-     'LinearClsHead is no multi-label head'),
+     'model.head is a LinearClsHead'),
     (['model.head.num_classes=9'], r'head.fc.weight is \(10, 128\) in the checkpoint and \(9, 128\) in the model'),
 ])
 def test_models_that_do_not_fit(tiny, folder, monkeypatch, options, message):
@@ -144,5 +135,5 @@ def test_a_diverged_model(tiny, folder, monkeypatch):
     state = torch.load('w.pth')
     state['state_dict']['head.fc.weight'] = torch.full((10, 128), np.nan)
     torch.save(state, 'w.pth')
-    with pytest.raises(SystemExit, match='nan or inf mean that the model diverged'):
+    with pytest.raises(SystemExit, match='(?i)nan'):
         inspect_errors.main(['tiny.py', 'w.pth'])

@@ -1,20 +1,17 @@
 """The tool's table, which docs/analysis.md shows, its figures, and its refusals."""
 import re
 import shlex
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from mmasl.analysis.gradient import Setting, analyse
+from mmasl.analysis.gradient import Setting, analyse_gradient
+from mmasl.analysis.loss_plots import FIGURE_2, FIGURE_3, draw_gradient, draw_loss
+from tools import plot_loss as tool
 
 ROOT = Path(__file__).parents[2]
-spec = spec_from_file_location('plot_loss', ROOT / 'tools' / 'plot_loss.py')
-tool = module_from_spec(spec)
-spec.loader.exec_module(tool)
-
 CONFIG = """
 model = dict(neck=None, heads=[dict(loss=dict(type='mmasl.AsymmetricLoss', gamma_neg=3., detach_focusing=True)),
                                dict(loss=dict(type='AsymmetricLoss', gamma_neg=5.))],
@@ -37,7 +34,7 @@ def refusal(capsys, *argv):
 
 @pytest.fixture
 def unsaved(monkeypatch):
-    monkeypatch.setattr(tool, 'save', lambda *args: None)
+    monkeypatch.setattr(tool, 'save_figure', lambda *args: None)
 
 
 # --- table
@@ -96,7 +93,7 @@ def drawn(draw, *arguments):
 
 
 def test_loss_curves():
-    _, lines = drawn(tool.draw_loss, tool.FIGURE_2, False)
+    _, lines = drawn(draw_loss, FIGURE_2, False)
     assert list(lines) == ['CE', r'focal, $\gamma_- = 2$', r'focal+PS, $\gamma_- = 2$, $m = 0.2$']
     for points, (gamma, clip) in zip(lines.values(), ((0, 0), (2, 0), (2, 0.2))):
         p, loss = points.T
@@ -105,8 +102,8 @@ def test_loss_curves():
 
 
 def test_gradient_curves_regimes_and_p_star():
-    axes, lines = drawn(tool.draw_gradient, tool.FIGURE_3, False)
-    found = [analyse(setting) for setting in tool.FIGURE_3]
+    axes, lines = drawn(draw_gradient, FIGURE_3, False)
+    found = [analyse_gradient(setting) for setting in FIGURE_3]
     assert [label.split(',')[0] for label in lines] == ['CE', 'AF', 'CE+PS', 'ASL']
     for label, points, properties in zip(lines, lines.values(), found):
         assert points[:, 1].max() == 1
@@ -119,7 +116,7 @@ def test_gradient_curves_regimes_and_p_star():
 
 
 def test_positives_share_curves():
-    axes, lines = drawn(tool.draw_gradient, [Setting(0, 0, 0), Setting(0, 4, 0.05), Setting(2, 2, 0)], True)
+    axes, lines = drawn(draw_gradient, [Setting(0, 0, 0), Setting(0, 4, 0.05), Setting(2, 2, 0)], True)
     assert list(lines) == ['CE, ASL', r'focal, $\gamma_+ = 2$'] and not axes.texts
     np.testing.assert_allclose(lines['CE, ASL'][:, 1], 1 - lines['CE, ASL'][:, 0], atol=2e-6)
 
@@ -135,7 +132,7 @@ def test_settings(unsaved, capsys):
 def test_losses_of_a_config(folder, unsaved, capsys):
     """Those with the scope, with the config's gradient forms, unless another form is asked for."""
     (folder / 'config.py').write_text(CONFIG)
-    assert tool.settings_of('config.py') == [Setting(0, 3, 0.05, None, True), Setting(1, 2, 0, 0.25, False)]
+    assert tool.read_settings('config.py') == [Setting(0, 3, 0.05, None, True), Setting(1, 2, 0, 0.25, False)]
     for options, expected in (([], ['CE Eq. 8', 'AF Eq. 8', 'CE constant weight', 'ASL constant weight']),
                               (['--detach-focusing', 'True'],
                                ['CE constant weight', 'ASL constant weight', 'AF constant weight'])):
@@ -145,21 +142,21 @@ def test_losses_of_a_config(folder, unsaved, capsys):
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--setting', '4'], "'4' must be GAMMA_NEG,CLIP"),
-    (['--setting', '4,x'], "'4,x' must be GAMMA_NEG,CLIP"),
+    (['--setting', '4'], "'4': give GAMMA_NEG,CLIP"),
+    (['--setting', '4,x'], "'4,x': give GAMMA_NEG,CLIP"),
     (['--setting', '4,1.5'], r'4,1.5: clip=1.5 must be a number in [0, 1)'),
     (['--setting', '-1,0'], 'expected one argument'),
-    (['--out', 'a.jpg'], 'a picture ends in .svg or .png'),
+    (['--out', 'a.jpg'], 'give an .svg or .png file'),
     (['--config', 'missing.py'], 'No such config: missing.py')])
 def test_refusals(capsys, argv, message):
     assert message in refusal(capsys, *argv)
 
 
 @pytest.mark.parametrize('loss, message', [
-    ("dict(type='AsymmetricLoss')", "config.py has no loss of type='mmasl.AsymmetricLoss'"),
-    ("dict(type='mmasl.AsymmetricLoss', clip=[0., 0.1])", 'config.py, model.loss: clip=[0.0, 0.1] is given per class'),
+    ("dict(type='AsymmetricLoss')", "config.py has no loss with type='mmasl.AsymmetricLoss'"),
+    ("dict(type='mmasl.AsymmetricLoss', clip=[0., 0.1])", 'model.loss: clip=[0.0, 0.1] has one value per class'),
     ("dict(type='mmasl.AsymmetricLoss', gamma_neg=-1.)", 'config.py, model.loss: gamma_neg=-1.0 must be'),
-    ("dict(type='mmasl.AsymmetricLoss', alpha=1.)", 'no negative has a gradient; lower gamma_neg, clip or alpha')])
+    ("dict(type='mmasl.AsymmetricLoss', alpha=1.)", 'has no gradient at any negative: lower gamma_neg, clip or alpha')])
 def test_refused_configs(folder, capsys, loss, message):
     (folder / 'config.py').write_text(f'model = dict(loss={loss})\n')
     assert message in refusal(capsys, '--config', 'config.py')

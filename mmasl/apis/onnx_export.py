@@ -1,0 +1,246 @@
+"""Exports classifiers and single-stage detectors to ONNX, and compares the file with PyTorch."""
+import json
+import warnings
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from mmasl.apis.inferencer import MultiLabelInferencer
+from mmasl.apis.model_files import checkpoint_classes, inference_dataset, load_checkpoint
+from mmasl.errors import ConfigError
+from mmasl.ops import posterior, posterior_threshold
+from mmasl.utils.checkpoint import load_weights
+from mmasl.utils.tools import drop_pretrained
+
+BATCHES = (1, 3)  # images per batch in the comparison; the graph is traced with 2
+
+
+class Exportable(NamedTuple):
+    """A module to export.
+
+    Args:
+        module: Module of normalised images (N, 3, H, W) that returns a tuple of tensors.
+        outputs: Names of the outputs.
+        metadata: What a reader of the file needs: see :func:`describe`.
+    """
+    module: nn.Module
+    outputs: list[str]
+    metadata: dict[str, Any]
+
+
+class Classifier(nn.Module):
+    """Computes p and, with ``settings`` of the loss, the calibrated score of normalised images (N, 3, H, W)."""
+
+    def __init__(self, model: nn.Module, settings: dict[str, Any] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the scores, each (N, C)."""
+        logits = self.model(images, mode='tensor')
+        scores = logits.sigmoid()
+        return (scores, ) if self.settings is None else (scores, posterior(logits, **self.settings))
+
+
+class FeatureMaps(nn.Module):
+    """Computes the maps of a detector's head as one flat tuple."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps of normalised images (N, 3, H, W)."""
+        return tuple(tree_leaves(self.model(images, mode='tensor')))
+
+
+def prepare_classifier(cfg: Config, weights: str | PathLike, shape: list[int] | None = None,
+                       thr: float | dict[str, float] | None = None) -> Exportable:
+    """Prepare a multi-label classifier for :func:`export`.
+
+    Its outputs are ``pred_score`` and, with a head of mmasl, ``calibrated_score``.
+
+    Args:
+        cfg: Config of the classifier.
+        weights: Checkpoint: a file or an http(s) URL.
+        shape: Height and width of the images; None for the size that the test pipeline produces.
+        thr: Thresholds for the metadata; None for the head's.
+
+    Raises:
+        ConfigError: See :class:`mmasl.apis.inferencer.MultiLabelInferencer` and :func:`fixed_shape`.
+    """
+    from mmasl.models.heads.calibrated_predictions import calibration_settings
+
+    inferencer = MultiLabelInferencer(cfg, weights, 'cpu', show_progress=False)
+    rule = inferencer.make_rule(thr)
+    metadata = describe(inferencer.model, inferencer.classes, fixed_shape(inferencer, shape),
+                        inference_dataset(cfg).pipeline)
+    if rule.topk is not None:
+        metadata['topk'] = rule.topk
+    if not inferencer.calibrates:
+        if rule.thr is not None:
+            metadata['pred_score_thr'] = rule.thr.tolist()
+        return Exportable(Classifier(inferencer.model, None), ['pred_score'], metadata)
+    settings = calibration_settings(inferencer.model.head.loss_module)
+    if rule.thr is not None:
+        metadata['calibrated_score_thr'] = rule.thr.tolist()
+        metadata['pred_score_thr'] = posterior_threshold(rule.thr, **settings).sigmoid().tolist()
+    return Exportable(Classifier(inferencer.model, settings), ['pred_score', 'calibrated_score'], metadata)
+
+
+def fixed_shape(inferencer: MultiLabelInferencer, shape: list[int] | None) -> list[int]:
+    """Find the input size of a classifier.
+
+    Args:
+        inferencer: The classifier.
+        shape: The requested height and width.
+
+    Returns:
+        Height and width that the test pipeline produces, or ``shape`` if they depend on the image.
+
+    Raises:
+        ConfigError: The pipeline does not produce ``shape``, or ``shape`` is needed.
+    """
+    images = [np.zeros((*side, 3), np.uint8) for side in ((96, 128), (640, 300), shape or (64, 64))]
+    found = []
+    for image in images:
+        batch, = inferencer.preprocess([image]).collate_fn([(0, image)])
+        found.append(list(inferencer.model.data_preprocessor(batch)['inputs'].shape[-2:]))
+    if found[0] == found[1]:
+        if shape not in (None, found[0]):
+            raise ConfigError(f'--shape {shape[0]} {shape[1]}: the test pipeline resizes all images to {found[0][0]} x '
+                              f'{found[0][1]}. Leave out --shape or change the pipeline')
+        return found[0]
+    if not shape:
+        raise ConfigError('the test pipeline produces images of different sizes, and the exported file takes one: give '
+                          '--shape HEIGHT WIDTH')
+    if found[2] != shape:
+        raise ConfigError(f'--shape {shape[0]} {shape[1]}: the test pipeline resizes such images to {found[2][0]} x '
+                          f'{found[2][1]}; give that size')
+    return shape
+
+
+def prepare_detector(cfg: Config, weights: str | PathLike, shape: list[int]) -> Exportable:
+    """Prepare a single-stage detector of MMDetection for :func:`export`.
+
+    The outputs are named by their place in what the head returns: ``output_KIND_LEVEL``.
+
+    Args:
+        cfg: Config of the detector.
+        weights: Checkpoint: a file or an http(s) URL.
+        shape: Height and width of the images.
+
+    Raises:
+        ConfigError: It is another kind of detector, or ``shape`` is not a multiple of the padding.
+        CheckpointError: The checkpoint does not fit the model.
+    """
+    from mmdet.models import SingleStageDetector
+
+    drop_pretrained(cfg)
+    checkpoint = load_checkpoint(weights)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(cfg.model)
+    if not isinstance(model, SingleStageDetector):
+        raise ConfigError(f'{type(model).__name__} is not a single-stage detector of MMDetection: only those can be '
+                          'exported')
+    load_weights(model, checkpoint, str(weights))
+    step = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+    if any(side % step for side in shape):
+        raise ConfigError(f'--shape {shape[0]} {shape[1]}: images are padded to multiples of {step}; give multiples of '
+                          'it')
+    dataset = inference_dataset(cfg)
+    classes = checkpoint_classes(checkpoint) or (dataset.get('metainfo') or {}).get('classes')
+    metadata = describe(model, classes, shape, dataset.pipeline)
+    metadata['test_cfg'] = cfg.model.get('test_cfg')
+    if hasattr(model.bbox_head, 'prior_generator'):
+        metadata['strides'] = [list(stride) for stride in model.bbox_head.prior_generator.strides]
+    with torch.no_grad():
+        outputs = model.eval()(torch.zeros(1, 3, *shape), mode='tensor')
+    names = [f'output_{kind}_{level}' for kind, maps in enumerate(outputs) for level in range(len(tree_leaves(maps)))]
+    return Exportable(FeatureMaps(model), names, metadata)
+
+
+def describe(model: Any, classes: Sequence[str] | None, shape: list[int], pipeline: list) -> dict[str, Any]:
+    """Collect the metadata: classes, input_size, channel_order, mean, std and the test pipeline."""
+    normaliser = model.data_preprocessor
+    to_rgb = getattr(normaliser, 'to_rgb', False) or getattr(normaliser, '_channel_conversion', False)
+    normalised = getattr(normaliser, '_enable_normalize', False)
+    return dict(classes=classes, input_size=shape, channel_order='RGB' if to_rgb else 'BGR',
+                mean=normaliser.mean.flatten().tolist() if normalised else [0.] * 3,
+                std=normaliser.std.flatten().tolist() if normalised else [1.] * 3, pipeline=pipeline)
+
+
+def export(exportable: Exportable) -> bytes:
+    """Export to ONNX with a dynamic batch size. The values of the metadata are JSON.
+
+    Raises:
+        torch.onnx.OnnxExporterError: The exporter does not support the model.
+    """
+    metadata = exportable.metadata
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of PyTorch's own code
+        program: Any = torch.onnx.export(
+            exportable.module.eval(), (torch.zeros(2, 3, *metadata['input_size']), ), input_names=['input'],
+            output_names=exportable.outputs, dynamic_shapes=({0: torch.export.Dim('batch')}, ),
+            custom_translation_table=exact_translations(), dynamo=True, verbose=False)
+    program.model.metadata_props.update(
+        {key: json.dumps(value, default=str) for key, value in metadata.items() if value is not None})
+    return program.model_proto.SerializeToString()
+
+
+def exact_translations() -> dict:
+    """Exact forms of logsigmoid and expm1. The exporter's own forms, log(sigmoid(x)) and exp(x) - 1, round to log(0)
+    and 0 at confident logits, and the calibrated score would be NaN."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+
+    def number(value: float, like: Any) -> Any:
+        return op.CastLike(op.Constant(value_float=value), like)
+
+    def log_sigmoid(x: Any) -> Any:
+        return op.Neg(op.Softplus(op.Neg(x)))
+
+    def expm1(x: Any) -> Any:
+        half, size = op.Mul(x, number(0.5, x)), op.Abs(x)
+        near = op.Mul(op.Mul(number(2., x), op.Sinh(half)), op.Exp(half))
+        far = op.Sub(op.Exp(x), number(1., x))
+        # Half of the smallest numbers is 0.
+        return op.Where(op.Less(size, number(1e-10, x)), x, op.Where(op.Less(size, number(1., x)), near, far))
+
+    return {torch.ops.aten.log_sigmoid.default: log_sigmoid, torch.ops.aten.expm1.default: expm1}
+
+
+@torch.no_grad()
+def compare_with_torch(file: bytes, exportable: Exportable) -> dict[str, float]:
+    """Compare onnxruntime with PyTorch on noise, in batches of several sizes.
+
+    Args:
+        file: Result of :func:`export`.
+        exportable: Its argument.
+
+    Returns:
+        Largest difference of each output. It is relative to the largest value of the output if that is above 1.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    rng = torch.Generator().manual_seed(0)
+    metadata, module = exportable.metadata, exportable.module.eval()
+    mean, std = (torch.tensor(metadata[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    found = {output.name: 0. for output in session.get_outputs()}
+    for size in BATCHES:
+        images = (torch.randint(256, (size, 3, *metadata['input_size']), generator=rng) - mean) / std
+        actual = session.run(None, {'input': images.numpy()})
+        for name, ours, theirs in zip(found, actual, [output.numpy() for output in module(images)], strict=True):
+            # NaN stays NaN and fails every tolerance.
+            found[name] = np.maximum(found[name], np.abs(ours - theirs).max() / max(1, np.abs(theirs).max()))
+    return {name: float(value) for name, value in found.items()}
