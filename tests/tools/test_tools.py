@@ -13,6 +13,7 @@ from urllib.error import URLError
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
 
 from mmasl.errors import ConfigError, DataError, DiskFullError, MMASLError, UnavailableError
 from mmasl.reproduce.experiments import digits_of
@@ -51,6 +52,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv('LOCAL_RANK', '0')
     monkeypatch.delenv('RANK', raising=False)
     monkeypatch.setattr(cli, 'get_device', lambda: 'cpu')
+    monkeypatch.setattr(Config, 'pretty_text', '')  # formatting configs and looking for compilers is slow
+    monkeypatch.setattr(Runner, '_log_env', lambda self, env: None)
     Path('c.py').write_text(CONFIG)
     Path('data/images').mkdir(parents=True)
     for name in ('data/train.json', 'data/val.json', 'weights.pth'):
@@ -374,7 +377,7 @@ def test_out_needs_a_known_suffix(argv, message):
 
 @pytest.mark.parametrize('error, message', (
     (OSError(errno.ENOSPC, 'x'), r'A file of the run could not be written \(No space left on device\)\. Earlier'),
-    (OSError(errno.EDQUOT, 'x', 'a.log'), r'a.log could not be written \(Disk quota exceeded\)\. \S+ has \S+ MB'),
+    (OSError(errno.EDQUOT, 'x', 'a.log'), r'a.log could not be written \(Disk quota exceeded\): \S+ has \S+ MB'),
     (DiskFullError('full'), '^full$')), ids=('disk', 'quota', 'ours'))
 def test_a_full_disk_ends_in_a_message(error, message):
     with pytest.raises(SystemExit, match=message), cli.exit_on_user_error():
@@ -445,8 +448,13 @@ def run(*command: object) -> str:
     return done.stdout
 
 
-def python(tool: str, *argv: object) -> str:
-    return run(sys.executable, ROOT / 'tools' / f'{tool}.py', *argv)
+def main(tool: str, *argv: object) -> None:
+    """Run a tool in this process; its arguments end with ``--cfg-options``."""
+    main.runs += 1  # names of their own: MMEngine would share logs and visualizers between runs
+    TOOLS[tool].main([*map(str, argv), f'experiment_name=run{main.runs}', f'visualizer.name=run{main.runs}'])
+
+
+main.runs = 0
 
 
 def scalars(work_dir: str, key: str) -> list:
@@ -482,7 +490,7 @@ train_cfg = dict(max_epochs=2)
 def classifier(digits) -> list[str]:
     """Writes tiny.py for a ResNet-18; returns flags for images of 64 px."""
     write_tiny('resnet101_asl_coco.py', digits, 'img_path', {}, """
-model = dict(backbone=dict(depth=18, init_cfg=None), head=dict(num_classes=10, in_channels=512))
+model = dict(backbone=dict(depth=18, base_channels=8, init_cfg=None), head=dict(num_classes=10, in_channels=64))
 """)
     return ['--cfg-options', *(f'{split}_dataloader.dataset.pipeline.1.scale=64' for split in ('train', 'val', 'test'))]
 
@@ -493,9 +501,9 @@ def detector(digits) -> list[str]:
     annotations = digits / 'annotations/instances_val.json'
     classes = [category['name'] for category in json.loads(annotations.read_text())['categories']]
     write_tiny('fcos_asl_coco.py', digits, 'img', dict(metainfo=dict(classes=classes)), f"""
-model = dict(backbone=dict(depth=18, init_cfg=None), neck=dict(in_channels=[64, 128, 256, 512], out_channels=32),
-             bbox_head=dict(num_classes=10, in_channels=32, feat_channels=32, stacked_convs=1),
-             test_cfg=dict(score_thr=0.))
+model = dict(backbone=dict(depth=18, base_channels=8, init_cfg=None), neck=dict(
+    in_channels=[8, 16, 32, 64], out_channels=32), bbox_head=dict(
+        num_classes=10, in_channels=32, feat_channels=32, stacked_convs=1), test_cfg=dict(score_thr=0.))
 val_evaluator = dict(ann_file={str(annotations)!r})
 test_evaluator = val_evaluator
 """)
@@ -504,34 +512,34 @@ test_evaluator = val_evaluator
 
 
 def test_classifier_trains_resumes_and_tests(classifier):
-    python('train', 'tiny.py', '--work-dir', 'w', *classifier)
-    python('train', 'tiny.py', '--work-dir', 'again', '--resume', 'w/epoch_1.pth', *classifier)
+    main('train', 'tiny.py', '--work-dir', 'w', *classifier)
+    main('train', 'tiny.py', '--work-dir', 'again', '--resume', 'w/epoch_1.pth', *classifier)
     # The resumed second epoch continues the one-cycle schedule.
     whole, resumed = scalars('w', 'lr'), scalars('again', 'lr')
     assert len(whole) == 8 and resumed == pytest.approx(whole[4:], rel=1e-6)
 
-    python('test', 'tiny.py', 'w/epoch_2.pth', '--out', 'out.json', '--out-item', 'metrics', '--show-dir', 'pictures',
+    main('test', 'tiny.py', 'w/epoch_2.pth', '--out', 'out.json', '--out-item', 'metrics', '--show-dir', 'pictures',
            *classifier)
     assert json.loads(Path('out.json').read_text())['multi-label/mAP'] == pytest.approx(
         scalars('w', 'multi-label/mAP')[-1])
     assert len(list(Path('pictures').iterdir())) == 4
-    python('test', 'tiny.py', 'w/epoch_2.pth', '--tta', '--out', 'out.pkl', *classifier)
+    main('test', 'tiny.py', 'w/epoch_2.pth', '--tta', '--out', 'out.pkl', *classifier)
     predictions = pickle.loads(Path('out.pkl').read_bytes())
     assert [len(prediction['pred_score']) for prediction in predictions] == [10] * 4
 
 
 def test_detector_trains_resumes_and_tests(detector):
-    python('train', 'tiny.py', '--work-dir', 'w', '--auto-scale-lr', *detector, 'train_cfg.max_epochs=1')
+    main('train', 'tiny.py', '--work-dir', 'w', '--auto-scale-lr', *detector, 'train_cfg.max_epochs=1')
     assert scalars('w', 'lr')[0] == pytest.approx(0.01 / 3 * 2 / 16)
-    log = python('train', 'tiny.py', '--work-dir', 'w', '--resume', '--no-validate', *detector)
-    assert 'resumed epoch: 1, iter: 4' in log
+    main('train', 'tiny.py', '--work-dir', 'w', '--resume', '--no-validate', *detector)
+    assert any('resumed epoch: 1, iter: 4' in log.read_text() for log in Path('w').glob('*/*.log'))
     assert scalars('w', 'epoch')[-1] == 2 and len(scalars('w', 'coco/bbox_mAP')) == 1
 
-    python('test', 'tiny.py', 'w/epoch_2.pth', '--tta', '--out', 'out.pkl', '--show-dir', 'pictures', *detector)
+    main('test', 'tiny.py', 'w/epoch_2.pth', '--tta', '--out', 'out.pkl', '--show-dir', 'pictures', *detector)
     predictions = pickle.loads(Path('out.pkl').read_bytes())
     assert all(set(prediction['pred_instances']) == {'bboxes', 'labels', 'scores'} for prediction in predictions)
     assert len(predictions) == len(list(Path('pictures').iterdir())) == 4
-    python('test', 'tiny.py', 'w/epoch_2.pth', '--out', 'out.json', '--out-item', 'metrics', *detector)
+    main('test', 'tiny.py', 'w/epoch_2.pth', '--out', 'out.json', '--out-item', 'metrics', *detector)
     assert 'coco/bbox_mAP' in json.loads(Path('out.json').read_text())
 
 
@@ -544,7 +552,7 @@ def test_two_processes_without_gpu_train_and_test_as_one(classifier, monkeypatch
     assert len(scalars('w', 'loss')) == 4  # 2 epochs of 8 images, 2 in each of 2 processes
     metrics = ['--out-item', 'metrics', *classifier]
     run(ROOT / 'tools/dist_test.sh', 'tiny.py', 'w/epoch_2.pth', 2, '--out', 'two.json', *metrics)
-    python('test', 'tiny.py', 'w/epoch_2.pth', '--out', 'one.json', *metrics)
+    main('test', 'tiny.py', 'w/epoch_2.pth', '--out', 'one.json', *metrics)
     two, one = (json.loads(Path(name).read_text()) for name in ('two.json', 'one.json'))
     assert two == pytest.approx(one)
 

@@ -120,7 +120,7 @@ class AdaptCheckpointHook(Hook):
     @staticmethod
     def _dataset_classes(runner: Runner) -> Sequence[str] | None:
         for split in ('train', 'test', 'val'):
-            if loop := built_loop(runner, split):  # type: ignore[arg-type]
+            if loop := built_loop(runner, split):
                 return getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes')
         return None
 

@@ -70,7 +70,7 @@ class CheckDataHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         loops = {split: loop for split in ('train', 'val', 'test')
-                 if (loop := built_loop(runner, split))}  # type: ignore[arg-type]
+                 if (loop := built_loop(runner, split))}
         check_on_main_process(lambda: self._check(runner.model, loops))
         for loop in loops.values():
             for dataset in iter_base_datasets(loop.dataloader.dataset):

@@ -1,5 +1,6 @@
 """Two gloo processes against one process with the joint batch: real runners, heads, hooks and metrics."""
 import importlib.util
+import multiprocessing
 import os
 
 import pytest
@@ -27,6 +28,9 @@ from mmasl.errors import DataError
 from mmasl.models.losses.utils import find_losses
 from mmasl.ops import linear_asymmetric_loss
 
+# Processes are forked from one that has imported the slow packages.
+multiprocessing.get_context('forkserver').set_forkserver_preload(
+    ['tools.train', 'mmpretrain.models', 'mmpretrain.datasets', 'mmdet.models'])
 CLASSES, PER_RANK = 5, 4
 GAMMA = 2.
 
@@ -202,7 +206,7 @@ def two_ranks(rank, folder):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('ranks')
-    torch.multiprocessing.spawn(two_ranks, (str(folder), ), nprocs=2)
+    torch.multiprocessing.start_processes(two_ranks, (str(folder), ), nprocs=2, start_method='forkserver')
     return folder
 
 
