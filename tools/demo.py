@@ -1,7 +1,7 @@
-"""Compare the losses on handwritten digits: make the data, train, and show a table, curves and predictions.
+"""Compare cross-entropy, focal loss and ASL on handwritten digits.
 
-Classification with cross-entropy, focal loss and ASL, and FCOS with focal loss and ASL, on a backbone pre-trained on
-single glyphs. Everything lands in work_dirs/; what is there already is not done again.
+Writes the data, trains three classifiers and two FCOS detectors, and writes a table, curves and a picture of
+predictions. Everything goes to data/ and work_dirs/. Finished trainings are not repeated; interrupted ones are resumed.
 """
 import argparse
 import datetime
@@ -11,7 +11,6 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -24,26 +23,33 @@ from matplotlib.patches import Rectangle
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
+from PIL import Image
+from torchvision.ops import box_iou
 
 from mmasl.datasets.digits import DigitScenes
 from mmasl.reproduce.runs import Run, train
-from mmasl.utils.checkpoint import load_only_data
+from mmasl.utils.checkpoint import read_checkpoint
+from mmasl.utils.markdown import markdown_table
+from mmasl.utils.tools import exit_on_user_error
 
 LOSSES = {'bce': 'cross-entropy', 'focal': 'focal loss', 'asl': 'ASL'}
-PICTURES = 8
+IMAGES = 6  # in the picture of predictions
+LABEL_SCORE, BOX_SCORE, IOU = 0.5, 0.3, 0.5  # thresholds of a shown label, of a shown box, and of a correct box
 
 
-def run_of(config: str) -> Run:
-    """The run that `tools/train.py CONFIG` would make, too."""
+def digits_run(config: str) -> Run:
+    """The run of ``tools/train.py configs/digits/CONFIG.py``."""
     return Run(f'configs/digits/{config}.py', f'work_dirs/{config}')
 
 
+@exit_on_user_error()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--jobs', type=int, help='trainings side by side (default: one per core)')
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--jobs', type=int, help='simultaneous trainings (default: one per core)')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/demo'),
-                        help='folder of the table, the curves and the pictures (default: %(default)s)')
+                        help='folder of the table, the curves and the picture (default: %(default)s)')
+    parser.add_argument('--picture', type=Path, metavar='FILE',
+                        help='train only the two models with ASL, and write their picture of predictions to FILE')
     args = parser.parse_args()
     begin = time.monotonic()
 
@@ -51,36 +57,39 @@ def main() -> None:
     DigitScenes(size=32, single=True, labels_per_image=1).write('data/glyphs')
     scenes = threading.Thread(target=DigitScenes().write, args=['data/digits'])
     scenes.start()
-    print('== pre-training on single glyphs, while the scenes are drawn')
-    train([run_of('resnet_ce_glyphs')])
+    print('== pre-training on single glyphs')
+    train([digits_run('resnet_ce_glyphs')])
     scenes.join()
     print('== training')
-    classifiers = {loss: run_of(f'resnet_{loss}_digits') for loss in LOSSES}
-    detectors = {loss: run_of(f'fcos_{loss}_digits') for loss in ('focal', 'asl')}
-    # Four end on two cores at about the same time; the fifth then has both.
+    classifiers = {loss: digits_run(f'resnet_{loss}_digits') for loss in LOSSES}
+    detectors = {loss: digits_run(f'fcos_{loss}_digits') for loss in ('focal', 'asl')}
+    if args.picture:
+        train([classifiers['asl'], detectors['asl']], args.jobs)
+        plot_predictions(classifiers['asl'], detectors['asl'], args.picture)
+        return
+    # On two cores four of them end at about the same time. The fifth then uses both.
     *side_by_side, last = [*classifiers.values(), *detectors.values()]
     train(side_by_side, args.jobs)
     train([last])
 
     args.out.mkdir(parents=True, exist_ok=True)
     table = render_table(classifiers, detectors)
-    (args.out / 'results.md').write_text(f'{table}\n{origin(time.monotonic() - begin)}\n')
+    (args.out / 'results.md').write_text(f'{table}\n\n{origin(time.monotonic() - begin)}\n')
     plot_curves(classifiers, detectors, args.out / 'curves.svg')
     plot_predictions(classifiers['asl'], detectors['asl'], args.out / 'predictions.png')
-    print(f'\n{table}\nTable, curves and pictures: {args.out}/results.md, curves.svg, predictions.png')
+    print(f'\n{table}\n\nTable, curves and predictions: {args.out}/results.md, curves.svg, predictions.png')
 
 
 def origin(seconds: float) -> str:
-    """Where and when the numbers were made."""
+    """Commit, date, machine and duration of the demo."""
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
     return (f'`make demo` at commit {commit}, {datetime.date.today()}: {os.cpu_count()} cores {platform.machine()}, '
             f'torch {torch.__version__}, {seconds / 60:.1f} minutes.')
 
 
 def render_table(classifiers: dict[str, Run], detectors: dict[str, Run]) -> str:
-    """Last evaluation of every run, as Markdown."""
-    lines = ['| loss | learning rate | mAP | CF1 | OF1 | probability gap | FCOS learning rate | FCOS AP |',
-             '|---|---|---|---|---|---|---|---|']
+    """The last evaluation of every run as Markdown. Both arguments are runs by loss."""
+    rows = []
     for loss, name in LOSSES.items():
         last = classifiers[loss].evaluations()[-1]
         cells = [name, learning_rate(classifiers[loss])]
@@ -90,15 +99,18 @@ def render_table(classifiers: dict[str, Run], detectors: dict[str, Run]) -> str:
             cells += [learning_rate(detectors[loss]), f'{100 * detectors[loss].evaluations()[-1]["coco/bbox_mAP"]:.1f}']
         else:
             cells += ['', '']
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines) + '\n'
+        rows.append(cells)
+    return markdown_table(
+        rows, ['loss', 'learning rate', 'mAP', 'CF1', 'OF1', 'probability gap', 'FCOS learning rate', 'FCOS AP'])
 
 
 def learning_rate(run: Run) -> str:
+    """The maximal learning rate of a run."""
     return f'{Config.fromfile(run.config).param_scheduler.eta_max:g}'
 
 
 def plot_curves(classifiers: dict[str, Run], detectors: dict[str, Run], path: Path) -> None:
+    """Plot every evaluation of the runs, which are given by loss."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout='constrained')
     panels = ((axes[0], classifiers, 'multi-label/mAP', 'mAP [%]'),
               (axes[1], classifiers, 'multi-label/gap', 'probability gap (Eq. 10)'),
@@ -117,50 +129,63 @@ def plot_curves(classifiers: dict[str, Run], detectors: dict[str, Run], path: Pa
 
 @torch.no_grad()
 def predict(run: Run) -> tuple[list[np.ndarray], list, tuple[str, ...]]:
-    """Images and predictions for the first samples of the test set."""
+    """Predict the first test images.
+
+    Returns:
+        Images, (H, W, 3) in RGB; data samples with predictions; class names.
+    """
     cfg = Config.fromfile(run.config)
     init_default_scope(cfg.default_scope)
     if 'data_preprocessor' in cfg:  # as MMEngine's Runner does
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     dataset, model = DATASETS.build(cfg.test_dataloader.dataset), MODELS.build(cfg.model)
-    load_only_data()  # MMEngine's own loading would try, complain, and execute
-    load_checkpoint(model, run.last_checkpoint(), map_location='cpu')
-    batch = pseudo_collate([dataset[number] for number in range(PICTURES)])
+    model.load_state_dict(read_checkpoint(run.last_checkpoint())['state_dict'])
+    batch = pseudo_collate([dataset[number] for number in range(IMAGES)])
     images = [image.flip(0).permute(1, 2, 0).numpy() for image in batch['inputs']]
     return images, model.eval().test_step(batch), dataset.metainfo['classes']
 
 
 def plot_predictions(classifier: Run, detector: Run, path: Path) -> None:
-    figure, axes = plt.subplots(2, PICTURES, figsize=(2.1 * PICTURES, 5.6), layout='constrained')
-    figure.suptitle('ASL: labels with p > 0.5 (top), boxes with a score > 0.3 (bottom).  '
-                    'Green: right, red: wrong, grey: missed')
+    """Draw the predictions of a classifier and a detector for the first test images."""
+    figure, axes = plt.subplots(2, IMAGES, figsize=(1.6 * IMAGES, 4.4), layout='constrained',
+                                height_ratios=(1, 1), gridspec_kw=dict(hspace=0.02))
+    figure.suptitle(f'Top: labels with p > {LABEL_SCORE}. Bottom: boxes with a score > {BOX_SCORE}. '
+                    'Green: correct, red: wrong, grey: missed.', fontsize=9)
     images, samples, classes = predict(classifier)
     for axis, image, sample in zip(axes[0], images, samples):
         axis.imshow(image)
         truth = set(sample.gt_label.tolist())
-        found = [(p, k) for k, p in enumerate(sample.pred_score.tolist()) if p > 0.5]
+        found = [(p, k) for k, p in enumerate(sample.pred_score.tolist()) if p > LABEL_SCORE]
         notes = [(f'{classes[k]} {p:.2f}', 'green' if k in truth else 'red') for p, k in sorted(found, reverse=True)]
         notes += [(classes[k], 'grey') for k in sorted(truth - {k for _, k in found})]
         for line, (text, color) in enumerate(notes):
-            axis.text(0.5, -0.08 - 0.13 * line, text, color=color, ha='center', va='top', transform=axis.transAxes)
+            axis.text(0.5, -0.04 - 0.11 * line, text, color=color, fontsize=8, ha='center', va='top',
+                      transform=axis.transAxes)
     images, samples, classes = predict(detector)
     for axis, image, sample in zip(axes[1], images, samples):
         axis.imshow(image)
-        for box in sample.gt_instances.bboxes.tolist():
-            draw_box(axis, box, 'grey', '', linestyle=':')
-        kept = sample.pred_instances[sample.pred_instances.scores > 0.3]
-        truth = set(sample.gt_instances.labels.tolist())
-        for box, label, score in zip(kept.bboxes.tolist(), kept.labels.tolist(), kept.scores.tolist()):
-            draw_box(axis, box, 'lime' if label in truth else 'red', f'{classes[label]} {score:.2f}')
+        truth, kept = sample.gt_instances, sample.pred_instances[sample.pred_instances.scores > BOX_SCORE]
+        hits = (box_iou(kept.bboxes, torch.as_tensor(truth.bboxes)) > IOU) & (kept.labels[:, None] == truth.labels)
+        for box in torch.as_tensor(truth.bboxes)[~hits.any(0)].tolist():
+            draw_box(axis, box, 'grey', 'missed')
+        for box, label, score, hit in zip(*(values.tolist() for values in (
+                kept.bboxes, kept.labels, kept.scores, hits.any(1)))):
+            draw_box(axis, box, 'green' if hit else 'red', f'{classes[label]} {score:.2f}')
     for axis in axes.flat:
         axis.axis('off')
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+    with Image.open(path) as picture:  # 256 colours take a third of the space
+        picture.convert('RGB').quantize(256).save(path, optimize=True)
 
 
-def draw_box(axis: Axes, box: list[float], color: str, text: str, **style: Any) -> None:
+def draw_box(axis: Axes, box: list[float], color: str, text: str) -> None:
+    """Draw a box, given as left, top, right and bottom in pixels, with a text above it."""
     left, top, right, bottom = box
-    axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=color, **style))
-    axis.text(left, top - 1, text, color=color, fontsize=7)
+    axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=color, linewidth=1.5))
+    axis.text(left, top, text, color='white', fontsize=6, clip_on=True, va='bottom' if top > 6 else 'top',
+              bbox=dict(facecolor=color, edgecolor='none', pad=0.8))
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
-"""Train a small classifier for an hour, and see that its memory does not grow and that no process is left behind.
+"""Train a small classifier for an hour, and check that its memory does not grow and no process remains.
 
-Adaptive asymmetry, workers, an evaluation and a checkpoint each epoch, through tools/train.py on the CPU. Writes a row
-for every look at the memory, and draws them.
+The training runs tools/train.py on the CPU with adaptive asymmetry, data loader workers, and an evaluation and a
+checkpoint per epoch. The memory is sampled in rows, which are plotted too.
 """
 import argparse
 import os
@@ -17,15 +17,18 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmasl.datasets.digits import DigitScenes
+from mmasl.errors import ConfigError, MMASLError
 from mmasl.registry import HOOKS
+from mmasl.reproduce.experiments import config_path
 from mmasl.reproduce.runs import TRAIN, Run, write_rows
+from mmasl.utils.tools import exit_on_user_error
 
 ROOT = Path(__file__).parents[2]
-MARK = 'MMASL_LONG_RUN'  # in the environment of all processes of a run, of those too that have lost their parent
-ALLOWED = 2.  # percent
-WINDOW = 0.1  # share of the time after the warm-up whose median counts, at either end
+MARK = 'MMASL_LONG_RUN'  # environment variable that identifies all processes of a run, orphans too
+ALLOWED = 2.  # growth in percent
+WINDOW = 0.1  # the medians are over this share of the time after the warm-up, at its start and its end
 PATIENCE = 30  # seconds in which processes may end after the training
-# Once from the start, and anew in each epoch: training and evaluation have workers of both kinds.
+# Training keeps its workers, and evaluation starts new ones each time: both kinds are tested.
 CONFIG = """
 _base_ = {base!r}
 custom_imports = dict(imports=['mmasl', 'benchmarks.long_run.long_run'], allow_failed_imports=False)
@@ -40,12 +43,12 @@ custom_hooks = [dict(type='mmasl.AdaptiveAsymmetryHook', target=0.1, step=0.1, b
 """
 
 
-@HOOKS.register_module(force=True)  # tests load this file more than once
+@HOOKS.register_module()
 class StopAfter(Hook):
-    """Ends a training by epochs, after the first epoch in which its time is over.
+    """Stops a training at the end of the epoch in which a time has passed.
 
     Args:
-        minutes: Length of the training.
+        minutes: The time in minutes.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -60,24 +63,25 @@ class StopAfter(Hook):
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--minutes', type=float, default=60., help='length of the training')
+    parser.add_argument('--minutes', type=float, default=60., help='minutes of training')
     parser.add_argument('--warm-up', type=float, default=0.25,
-                        help='share of it in which memory may grow: the heap takes its shape, workers and caches start')
-    parser.add_argument('--interval', type=float, default=10., help='seconds between two looks at the memory')
+                        help='share of the time in which memory may grow, because workers and caches start')
+    parser.add_argument('--interval', type=float, default=10., help='seconds between two samples of the memory')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/long_run'), help='a new folder')
     parser.add_argument('--out', type=Path, default=Path('benchmarks/long_run/long_run.csv'),
-                        help='rows; the plot stands beside')
+                        help='CSV file of the samples; the plot is written beside it')
     args = parser.parse_args()
     if not 0 <= args.warm_up < 1:
-        parser.error(f'--warm-up {args.warm_up} must be a share of the training, in [0, 1)')
+        parser.error(f'--warm-up {args.warm_up} must be in [0, 1)')
     return args
 
 
+@exit_on_user_error()
 def main() -> None:
     args = parse_args()
     if args.work_dir.exists():
-        raise SystemExit(f'{args.work_dir} exists: a resumed training would be warm. Remove it, or name another '
-                         '--work-dir')
+        raise ConfigError(f'{args.work_dir} exists, but the training must not be resumed. Remove the folder, or choose '
+                          'another --work-dir')
     rows = watch(args.minutes, args.work_dir.resolve(), args.interval)
     write_rows(args.out, rows)
     draw(rows, args.warm_up, args.out.with_suffix('.svg'))
@@ -85,14 +89,22 @@ def main() -> None:
 
 
 def watch(minutes: float, work_dir: Path, interval: float) -> list[dict]:
-    """Train, and look at the memory of all processes now and then; the last row is of what is left after the end.
+    """Train, and sample the memory of all processes.
+
+    Args:
+        minutes: Duration of the training.
+        work_dir: A new folder.
+        interval: Seconds between two samples.
+
+    Returns:
+        One row per sample. The last one is of the processes that remain after the end.
 
     Raises:
-        SystemExit: The training failed.
+        MMASLError: The training failed.
     """
     data = DigitScenes(train=960, val=240, long_tail=0.7, missing=0.3).write(work_dir / 'digits')
     config, run = work_dir / 'config.py', Run('', str(work_dir))
-    config.write_text(CONFIG.format(base=str(ROOT / 'configs/digits/resnet_adaptive_digits_hard.py'), data=str(data),
+    config.write_text(CONFIG.format(base=str(ROOT / config_path('resnet_adaptive_digits_hard')), data=str(data),
                                     minutes=minutes))
     token = uuid.uuid4().hex
     with open(work_dir / 'train.txt', 'w') as output:
@@ -108,7 +120,7 @@ def watch(minutes: float, work_dir: Path, interval: float) -> list[dict]:
         process.terminate()
         process.wait()
     if process.returncode:
-        raise SystemExit(f'The training failed (exit {process.returncode}); the end of its output:\n{run.tail(3000)}')
+        raise MMASLError(f'The training failed (exit {process.returncode}). The end of its output:\n{run.tail(3000)}')
     deadline = time.monotonic() + PATIENCE
     while processes(token) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -117,23 +129,23 @@ def watch(minutes: float, work_dir: Path, interval: float) -> list[dict]:
 
 
 def processes(token: str) -> list[int]:
-    """The processes that were started with this mark, and those that they started, whoever their parent is now."""
+    """IDs of the processes that have the token in their environment."""
     mark, found = f'{MARK}={token}'.encode(), []
     for folder in Path('/proc').glob('[0-9]*'):
         try:
             if mark in (folder / 'environ').read_bytes().split(b'\0'):
                 found.append(int(folder.name))
-        except OSError:  # another user's, or it has ended
+        except OSError:  # another user's process, or it has ended
             continue
     return found
 
 
 def measure(token: str) -> dict[str, object]:
-    """Number of processes and their memory in MiB.
+    """Number of processes with a token, and their memory in MiB.
 
-    ``allocated`` is what they hold of their own: anonymous memory and shared memory without a file, a page that n of
-    them share counted 1/n in each (Pss_Anon, Pss_Shmem). ``rss`` is the sum of their resident sets, which counts such a
-    page n times, and the libraries' pages that other programs have loaded too.
+    ``allocated`` is anonymous memory and shared memory without a file; a page that n processes share counts 1/n in each
+    (Pss_Anon, Pss_Shmem). ``rss`` is the sum of the resident sets. It counts such a page n times, and includes pages of
+    libraries.
     """
     pids, sums = processes(token), dict(Rss=0, Pss_Anon=0, Pss_Shmem=0)
     for pid in pids:
@@ -148,9 +160,14 @@ def measure(token: str) -> dict[str, object]:
 
 
 def growth(rows: Sequence[dict], warm_up: float, figure: str) -> float:
-    """Growth of a figure in percent, from the first part of the time after the warm-up to the last.
+    """Growth of a column in percent, from the start of the time after the warm-up to its end.
 
-    Medians: single looks fall into an evaluation or the writing of a checkpoint.
+    Medians ignore samples that fall into an evaluation or the writing of a checkpoint.
+
+    Args:
+        rows: Samples as :func:`watch` returns them.
+        warm_up: Share of the time that is ignored.
+        figure: 'allocated' or 'rss'.
     """
     minutes, values = (np.array([float(row[name]) for row in rows[:-1]]) for name in ('minute', figure))
     begin, end = warm_up * minutes[-1], minutes[-1]
@@ -160,23 +177,24 @@ def growth(rows: Sequence[dict], warm_up: float, figure: str) -> float:
 
 
 def verdict(rows: Sequence[dict], warm_up: float) -> str:
-    """What was found, in words.
+    """The result in words.
 
     Raises:
-        SystemExit: Memory grew by more than is allowed, or a process is left.
+        MMASLError: The memory grew by more than :data:`ALLOWED`, or a process remains.
     """
     found = {figure: growth(rows, warm_up, figure) for figure in ('allocated', 'rss')}
     text = ', '.join(f'{figure} {value:+.2f} %' for figure, value in found.items())
     minutes = float(rows[-2]['minute'])
-    text = f'{text} after the first {warm_up:.0%} of {minutes:.0f} minutes ({ALLOWED:g} % are allowed)'
+    text = f'{text} after the first {warm_up:.0%} of {minutes:.0f} minutes (allowed: {ALLOWED:g} %)'
     if int(rows[-1]['processes']):
-        raise SystemExit(f'{rows[-1]["processes"]} processes are left {PATIENCE} s after the end; {text}')
+        raise MMASLError(f'{rows[-1]["processes"]} processes remain {PATIENCE} s after the end; {text}')
     if max(found.values()) > ALLOWED:
-        raise SystemExit(f'The memory grows: {text}')
-    return f'No process is left; {text}'
+        raise MMASLError(f'The memory grows: {text}')
+    return f'No process remains; {text}'
 
 
 def draw(rows: Sequence[dict], warm_up: float, path: Path) -> None:
+    """Plot the samples."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt

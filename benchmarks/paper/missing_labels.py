@@ -1,10 +1,9 @@
-"""What the digits' trainings make of the labels that are missing: their probabilities, and their part of the gradient.
+"""Measure how the digits' trainings treat missing labels: their probabilities and their share of the gradient.
 
-Looks at finished trainings of tools/reproduce.py --table 2 --missing-labels, on their own training images: the complete
-annotations tell which of the negatives are in truth unannotated positives.
+Evaluates the finished trainings of tools/reproduce.py --table 2 --missing-labels on their own training images. The
+complete annotations tell which negatives are unannotated positives.
 """
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from mmasl.apis.inferencer import MultiLabelInferencer
 from mmasl.datasets.coco import CocoMultiLabel
+from mmasl.errors import ConfigError
 from mmasl.reproduce.experiments import MISSING_LABELS, digits_of, rows
-from mmasl.reproduce.render import Results, best
+from mmasl.reproduce.render import best
+from mmasl.reproduce.results import Results
 from mmasl.reproduce.runs import Run, read_rows, write_rows
-from mmasl.utils.tools import progress
-from tools.reproduce import run_of, settings
+from mmasl.utils.tools import exit_on_user_error, progress
 
 COMPLETE = 'data/digits_hard_missing0'
 KINDS = ('annotated', 'missing', 'absent')
@@ -28,12 +27,15 @@ KINDS = ('annotated', 'missing', 'absent')
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--work-dir', default='work_dirs/paper', help='of tools/reproduce.py (default: %(default)s)')
+    parser.add_argument('--work-dir', default='work_dirs/paper',
+                        help='work dir of tools/reproduce.py (default: %(default)s)')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/paper/results'),
-                        help='folder of digits_missing.csv, which finished rows are kept in (default: %(default)s)')
+                        help='folder of digits.csv and digits_missing.csv; rows with the present settings are kept '
+                        '(default: %(default)s)')
     return parser.parse_args(argv)
 
 
+@exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     results = Results(args.out, 'digits')
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainings = dict.fromkeys(
         best(row, results) for item in ('Table 2', 'Fig. 4', MISSING_LABELS) for row in rows(item, 'digits'))
     table = {(row['config'], row['options'], row['seed']): row for row in read_rows(path)}
-    runs = {(one.config, one.overrides, str(seed)): (run_of(one, 'digits', seed, args.work_dir), settings(one))
+    runs = {(one.config, one.overrides, str(seed)): (one.run('digits', seed, args.work_dir), one.settings)
             for one in trainings for seed in results.seeds(one)}
     wanted = [key for key, (run, now) in runs.items()
               if table.get(key, {}).get('settings') != now and run.state == 'finished']
@@ -52,12 +54,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         table[key] = dict(zip(('config', 'options', 'seed'), key, strict=True)) | dict(settings=now) | measure(run)
         write_rows(path, [table[one] for one in sorted(table)])
     if not table:
-        raise SystemExit(f'No finished trainings in {args.out}: run tools/reproduce.py --missing-labels first')
+        raise ConfigError(f'No finished trainings in {args.out}. Run tools/reproduce.py --missing-labels first')
     print(path.read_text())
 
 
 def measure(run: Run) -> dict[str, str]:
-    """Means of p, and shares of the sum of |dL/dz|, by the kind of label, in the images that a run has trained on."""
+    """Mean probability and share of the summed |dL/dz| of annotated, missing and absent labels.
+
+    Args:
+        run: A finished run. Its training images are evaluated.
+
+    Returns:
+        ``p_<kind>`` and, in percent, ``gradient_<kind>``; '' if there is no label of the kind.
+    """
     cfg = Config.fromfile(run.config)
     cfg.merge_from_dict(run.options)
     model = MultiLabelInferencer(cfg, run.last_checkpoint()).model

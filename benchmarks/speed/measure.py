@@ -1,5 +1,7 @@
-"""How every part of benchmarks/speed/run.py measures: peers in turn within one run, memory exactly, big jobs in a process of
-their own."""
+"""Measurement of time and memory for the parts of benchmarks/speed/run.py.
+
+Peers take turns in one process, memory is the allocator's exact count, and large jobs run in their own process.
+"""
 import json
 import re
 import subprocess

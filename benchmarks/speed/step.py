@@ -1,4 +1,4 @@
-"""A whole training step of ResNet-50 and of FCOS-R50, with ASL in place of BCE or focal loss."""
+"""Complete training steps of ResNet-50 and FCOS-R50, with ASL and with the stock loss."""
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,7 +14,7 @@ CLASSES = 80
 
 
 def classifier(loss: dict, images: int) -> tuple[nn.Module, torch.Tensor, list]:
-    """MMPretrain's ResNet-50 with a multi-label head for 80 classes, at 224 px."""
+    """MMPretrain's ResNet-50 with a multi-label head for 80 classes at 224 px."""
     from mmpretrain.structures import DataSample
     model = MODELS.build(dict(
         type='mmpretrain.ImageClassifier', backbone=dict(type='mmpretrain.ResNet', depth=50),
@@ -25,7 +25,7 @@ def classifier(loss: dict, images: int) -> tuple[nn.Module, torch.Tensor, list]:
 
 
 def detector(loss: dict, images: int) -> tuple[nn.Module, torch.Tensor, list]:
-    """MMDetection's stock FCOS-R50, at 800 x 1344 px, with seven boxes an image."""
+    """MMDetection's stock FCOS-R50 at 800 x 1344 px, with seven boxes per image."""
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
     config = get_config('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py').model
@@ -53,6 +53,7 @@ CASES = {
 
 
 def train_step(loss: dict, build: Callable, images: int, device: str) -> Callable[[], None]:
+    """A call that runs one training step with a loss."""
     torch.manual_seed(0)
     model, inputs, samples = build(loss, images)
     model, inputs, samples = model.to(device).train(), inputs.to(device), [sample.to(device) for sample in samples]
@@ -68,7 +69,7 @@ def train_step(loss: dict, build: Callable, images: int, device: str) -> Callabl
 
 
 def loss_only(loss: dict, images: int, device: str, is_detector: bool) -> Callable[[], None]:
-    """The classification loss of the step alone, forward and backward, on logits of the step's size."""
+    """A call that runs forward and backward of the classification loss alone, on logits of the step's size."""
     generator = torch.Generator().manual_seed(0)
     module = MODELS.build(loss).to(device)
     if is_detector:
@@ -87,9 +88,10 @@ def loss_only(loss: dict, images: int, device: str, is_detector: bool) -> Callab
 
 
 def measure(device: str) -> Iterator[dict]:
+    """Time the steps and the losses alone."""
     for case, (scope, build, images, losses) in CASES.items():
         stock = next(iter(losses))
-        again = f'{stock} again'  # what differs from the first is the machine's
+        again = f'{stock} again'  # its difference from the first is noise of the machine
         with DefaultScope.overwrite_default_scope(scope):
             count, variants = images[device], losses | {again: losses[stock]}
             steps = in_turn({name: train_step(loss, build, count, device) for name, loss in variants.items()},
@@ -105,6 +107,7 @@ def measure(device: str) -> Iterator[dict]:
 
 
 def targets(rows: list[dict]) -> list[tuple[str, str, bool]]:
+    """Targets: description, measured value, whether it is reached."""
     results, noise = [], {}
     for row in rows:
         if row['loss'].endswith('again'):
@@ -114,5 +117,5 @@ def targets(rows: list[dict]) -> list[tuple[str, str, bool]]:
             step, loss = float(row['step_over_stock']) - 1, float(row['difference_of_losses_over_step'])
             results.append((f"{row['model']}: a training step with ASL at most 1 % longer than with the stock loss",
                             (f"{step:+.1%}, the stock loss again {noise[row['model']]:+.1%}; "
-                             f'by the losses alone {loss:+.2%}'), step <= 0.01))
+                             f'the losses alone {loss:+.2%}'), step <= 0.01))
     return results

@@ -1,20 +1,26 @@
-"""The trainings behind the paper's numbers: every row of its tables and figures as a config and what to change in it.
+"""The training behind each of the paper's numbers: a config and its overrides for every row of a table or figure.
 
-On the paper's own data ('real'), and the same comparisons on the handwritten digits ('digits'), which 2 CPU cores
-train.
+The comparisons exist on the paper's data sets ('real') and on handwritten digits ('digits'). The digits train on 2 CPU
+cores.
 """
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
 from mmengine.config import Config
 
 from mmasl.datasets.digits import DigitScenes
+from mmasl.errors import ConfigError
 from mmasl.reproduce.numbers import Entry, load
+from mmasl.reproduce.runs import Run, fingerprint
 
-# The configs for which the authors released a checkpoint, by the tables whose data they are of. They are other models
-# or recipes than the tables' (docs/recipes.md), so that none of the paper's numbers stands beside them.
+ROOT = Path(__file__).parents[2]
+
+# Configs of the authors' released checkpoints, by table with the same data set. Their models or recipes differ from the
+# table's (docs/recipes.md), so no number of the paper stands beside them.
 RELEASED = {
     'Table 4': ('tresnet-l_official_asl_coco', ), 'Table 8': ('tresnet-l_official_asl_coco', ),
     'Table 5': ('tresnet-m-21k_official_asl_coco-224', 'tresnet-xl_official_asl_coco-640'),
@@ -22,25 +28,30 @@ RELEASED = {
     'Table 7': ('tresnet-l_paper_asl_open-images-448', ),
     'Table 10': ('tresnet-l_paper_asl_nus-wide-240', ), 'Table 11': ('tresnet-l_paper_asl_nus-wide-240', )}
 
-# What the paper's plots vary; it states no numbers of them but the best ones.
+# Values of the paper's plots. The paper prints numbers for the best ones only.
 GAMMAS = (0., 1., 2., 3., 4., 6.)
 MARGINS = (0., 0.05, 0.1, 0.2, 0.3, 0.4)
-ALPHAS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # Sec. 3: 0.5 to 0.95, with skips of 0.05
+ALPHAS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # Sec. 3: 0.5 to 0.95 in steps of 0.05
 TARGETS = (0., 0.1, 0.2, 0.3)
 MISSING = (0., 0.15, 0.3, 0.45, 0.6)
 LABELS = (1.25, 2.5, 5.)
 EPOCHS = (4, 8, 16)
 GLYPH_EPOCHS = (0, 6, 24)
 
-# Comparisons of our own, on the digits alone: what Sec. 1 and 2.5 argue and show nowhere, and whether the trainings are
-# long enough, and what they start from good enough.
+# Our own comparisons, on digits only. The first two test arguments of Sec. 1 and 2.5 for which the paper shows no
+# numbers. The others test whether the trainings are long enough and the pre-training good enough.
 MISSING_LABELS, IMBALANCE, CONVERGENCE, PRETRAINING = OWN = (
     'Missing labels', 'Imbalance', 'Convergence', 'Pre-training')
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A setting of :class:`mmasl.AsymmetricLoss`; ``target`` is that of :class:`mmasl.AdaptiveAsymmetryHook`."""
+    """The loss of a row.
+
+    Args:
+        gamma_pos, gamma_neg, clip, alpha: As in :class:`mmasl.AsymmetricLoss`.
+        target: Probability gap of :class:`mmasl.AdaptiveAsymmetryHook`; None keeps the parameters fixed.
+    """
     gamma_pos: float = 0.
     gamma_neg: float = 0.
     clip: float = 0.
@@ -49,6 +60,7 @@ class Loss:
 
     @property
     def name(self) -> str:
+        """The loss in words."""
         if self.target is not None:
             return f'adaptive, target {self.target:g}'
         name = {'bce': 'CE', 'focal': f'focal, gamma {self.gamma_neg:g}'}.get(
@@ -58,7 +70,7 @@ class Loss:
 
     @property
     def kind(self) -> str:
-        """The config that it is nearest to: a key of :data:`KINDS` but 'focal-alpha', 'focusing' and 'margin'."""
+        """Key in :data:`KINDS` of the nearest config: 'bce', 'focal', 'asl' or 'adaptive'."""
         if self.target is not None:
             return 'adaptive'
         if self.gamma_pos != self.gamma_neg:
@@ -68,22 +80,36 @@ class Loss:
 
 CE, FOCAL, ASL = Loss(), Loss(2., 2.), Loss(0., 4., 0.05)
 LOSSES = {'CE': CE, 'focal': FOCAL, 'ASL': ASL}
-# The losses of the configs by the part of their names.
+# The loss of a config, by the part of the config's name.
 KINDS = {'bce': CE, 'focal': FOCAL, 'focal-alpha': Loss(2., 2., alpha=0.75), 'focusing': Loss(0., 3.),
          'margin': Loss(2., 2., 0.3), 'asl': ASL, 'adaptive': Loss(0., 4., 0.05, target=0.1)}
 
 
+@cache
+def _config_paths() -> dict[str, str]:
+    return {path.stem: path.relative_to(ROOT).as_posix() for path in (ROOT / 'configs').rglob('*.py')
+            if '_base_' not in path.parts}
+
+
 def config_path(name: str) -> str:
-    """Path of the config with this stem, in the current folder; at the top of configs/ if there is none."""
-    found = sorted(Path('configs').rglob(f'{name}.py'))
-    return found[0].as_posix() if found else f'configs/{name}.py'
+    """Path of a config relative to the repository, from its file name without '.py'.
+
+    Raises:
+        ConfigError: No config has this name.
+    """
+    if name not in _config_paths():
+        raise ConfigError(f'No config named {name} in configs/')
+    return _config_paths()[name]
 
 
 @dataclass(frozen=True)
 class Training:
-    """A config of this repository, by its stem, and overrides as ``--cfg-options`` takes them.
+    """A config of this repository and its overrides.
 
-    With ``released``, nothing is trained, and the checkpoint evaluated that the config names so.
+    Args:
+        config: File name of the config without '.py'.
+        options: Overrides as (key, value), as in ``--cfg-options``.
+        released: Evaluate the released checkpoint that the config names, instead of training.
     """
     config: str
     options: tuple[tuple[str, object], ...] = ()
@@ -91,29 +117,98 @@ class Training:
 
     @property
     def path(self) -> str:
+        """Path of the config, relative to the repository."""
         return config_path(self.config)
 
     @property
     def overrides(self) -> str:
-        """In rows: what tells them from others of the config."""
+        """The overrides as text, which identifies the training among those of its config."""
         return 'released' if self.released else ' '.join(f'{key}={_text(value)}' for key, value in self.options)
 
     @property
     def name(self) -> str:
-        """Of its work dir."""
+        """Name of the work dir, without the seed."""
         parts = (f'{key.split(".")[-1]}{_text(value)}'.replace('/', '-') for key, value in self.options)
         return '_'.join(dict.fromkeys([self.config, *parts, *['released'] * self.released]))
 
     @property
     def checkpoint(self) -> str:
-        """Address of the released file; '' for a training."""
-        return Config.fromfile(self.path).released.checkpoint if self.released else ''
+        """URL of the released checkpoint; '' for a training."""
+        return _load(self.path).released.checkpoint if self.released else ''
 
     @property
     def command(self) -> str:
+        """The shell command of this training or evaluation."""
         if self.released:
             return f'python tools/test.py {self.path} {self.checkpoint}'
         return f'python tools/train.py {self.path}' + (f' --cfg-options {self.overrides}' if self.options else '')
+
+    @property
+    def cfg(self) -> Config:
+        """The config with its overrides. It is cached: do not modify it."""
+        return _merge(self)
+
+    @property
+    def settings(self) -> str:
+        """First 12 digits of the config's SHA-256. Rows with other settings are outdated."""
+        return fingerprint(self.cfg)[:12]
+
+    @property
+    def data_roots(self) -> set[str]:
+        """Folders of the training and validation data."""
+        return {self.cfg[f'{split}_dataloader'].dataset.data_root for split in ('train', 'val')}
+
+    @property
+    def initial_checkpoints(self) -> list[str]:
+        """Checkpoints that the training starts from and that another config of this repository produces."""
+        initial = self.cfg.model.get('backbone', {}).get('init_cfg') or {}
+        return [path for path in (self.cfg.get('load_from'), initial.get('checkpoint'))
+                if path and Path(path).parent.name in _config_paths()]
+
+    def placement(self, data: str, gpus: int) -> dict[str, object]:
+        """The override that keeps the config's total batch size, and so its learning rate, on any number of GPUs.
+
+        Raises:
+            ConfigError: The GPUs cannot share the batch equally.
+        """
+        if data == 'digits':  # for one process
+            return {}
+        total = self.cfg.auto_scale_lr.base_batch_size
+        if total % gpus:
+            raise ConfigError(f'{self.path} trains on batches of {total} images, which {gpus} GPUs cannot share '
+                              f'equally. Pass --gpus {", ".join(str(n) for n in range(1, 65) if total % n == 0)}')
+        return {'train_dataloader.batch_size': total // gpus}
+
+    def run(self, data: str, seed: int, work_dir: str, gpus: int = 1) -> Run:
+        """The run of one seed.
+
+        Args:
+            data: 'real' or 'digits'.
+            seed: Random seed.
+            work_dir: Folder of all runs.
+            gpus: GPUs of the run.
+
+        Raises:
+            ConfigError: The GPUs cannot share the batch equally.
+        """
+        if self.released:
+            return Run(self.path, f'{work_dir}/{data}/{self.name}', checkpoint=self.checkpoint)
+        options = dict(self.options) | {'randomness.seed': seed}
+        if data == 'digits':  # evaluate at the end only, and log often enough for the curves
+            options |= {'train_cfg.val_interval': self.cfg.train_cfg.max_epochs, 'default_hooks.logger.interval': 5}
+        return Run(self.path, f'{work_dir}/{data}/{self.name}_seed{seed}', options, self.placement(data, gpus))
+
+
+@cache
+def _load(path: str) -> Config:
+    return Config.fromfile(ROOT / path)
+
+
+@cache
+def _merge(training: Training) -> Config:
+    cfg = deepcopy(_load(training.path))
+    cfg.merge_from_dict(dict(training.options))
+    return cfg
 
 
 @dataclass(frozen=True)
@@ -121,13 +216,14 @@ class Row:
     """A row of a table, or a point of a figure.
 
     Args:
-        item: 'Table 2', 'Fig. 5', ... or a comparison of our own.
-        label: As in the paper where the paper has the row.
-        trainings: None for a number that is cited or drawn; with several, the best of them counts.
+        item: 'Table 2', 'Fig. 5', ... or one of :data:`OWN`.
+        label: As printed in the paper, if the paper has the row.
+        trainings: Empty for a cited number or one computed from the equations. The best of several counts.
         entries: The paper's numbers.
-        series, x: In a figure, the curve and the place of the point; None where there is no axis.
-        command: Of a row without training.
-        against: Label of the row that it is compared with; by default the first of the item.
+        series: In a figure, the name of the curve.
+        x: In a figure, the position of the point on the axis; None without an axis.
+        command: Shell command of a row without a training.
+        against: Label of the row to compare with; '' is the first row of the item.
     """
     item: str
     label: str
@@ -140,10 +236,11 @@ class Row:
 
     @property
     def cited(self) -> bool:
+        """Whether the paper took all numbers of this row from other papers."""
         return bool(self.entries) and all(entry.source == 'cited' for entry in self.entries)
 
 
-# Scalars of a run by the paper's column; 'train_' are means over the end of the training.
+# Scalar of a run by the paper's column. 'train_' marks means over the end of the training.
 COLUMNS = {
     'mAP': 'mAP', 'CF1': 'CF1', 'OF1': 'OF1', 'mAP Score': 'mAP', 'gamma_neg Final': 'gamma_neg',
     'mAP (ImageNet Only Pretrain)': 'mAP', 'mAP (Extra Pretrain Data)': 'mAP', 'micro mAP': 'mAP',
@@ -154,7 +251,15 @@ COLUMNS = {
 
 
 def rows(item: str, data: str) -> list[Row]:
-    """The rows of a table or figure on 'real' data or on 'digits'; none where the digits have no such comparison."""
+    """The rows of a table or figure.
+
+    Args:
+        item: 'Table 1' to 'Table 13', 'Fig. 2' to 'Fig. 9', or one of :data:`OWN`.
+        data: 'real' or 'digits'.
+
+    Returns:
+        The rows; an empty list if the item does not exist on these data.
+    """
     entries = [entry for entry in load() if entry.item == item]
     if item in ('Table 1', 'Fig. 2', 'Fig. 3'):
         return list(_drawn(item, entries))
@@ -164,13 +269,13 @@ def rows(item: str, data: str) -> list[Row]:
 
 
 def items(data: str) -> list[str]:
-    """All tables and figures for which there are rows."""
+    """All tables and figures that have rows on 'real' data or on 'digits'."""
     names = [*dict.fromkeys(entry.item for entry in load()), *OWN]
     return [name for name in names if rows(name, data)]
 
 
 def digits_of(root: str) -> DigitScenes | None:
-    """What ``tools/reproduce.py`` writes to a data root of the digits' configs; None for another root."""
+    """The digits that ``tools/reproduce.py`` writes to a data root; None for a root of other data."""
     scenes = {'data/glyphs': DigitScenes(size=32, single=True, labels_per_image=1), 'data/digits': DigitScenes()}
     scenes |= {_missing_root(share): DigitScenes(train=6000, long_tail=0.7, missing=share) for share in MISSING}
     scenes |= {_labels_root(mean): DigitScenes(train=6000, long_tail=0.7, missing=0.3, labels_per_image=mean)
@@ -191,7 +296,7 @@ def _text(value: object) -> str:
 
 
 def _training(pattern: str, kind: str, loss: Loss, options: Mapping[str, object] = MappingProxyType({})) -> Training:
-    """The config of a kind with some options, and where the loss differs from it."""
+    """The config of a kind with options, and with overrides where the loss differs from the config's."""
     options = dict(options)
     for field in fields(Loss):
         value = getattr(loss, field.name)
@@ -201,7 +306,7 @@ def _training(pattern: str, kind: str, loss: Loss, options: Mapping[str, object]
 
 
 def _classifier(data: str, loss: Loss) -> Training:
-    """TResNet-L on MS-COCO, or its counterpart on the digits."""
+    """TResNet-L on MS-COCO, or a ResNet-18 on the digits."""
     if data == 'digits':
         return _training('resnet_{}_digits_paper', loss.kind, loss)
     kind = loss.kind
@@ -227,7 +332,7 @@ def _fig5(data: str, entries: list[Entry]) -> Iterator[Row]:
     for gamma in GAMMAS:
         known = _named(entries, 'gamma 0') if gamma == 0 else ()
         yield Row('Fig. 5', f'gamma {gamma:g}', (_classifier(data, Loss(gamma, gamma)), ), known, 'focal loss', gamma)
-    # 85.1 stands for the best of these, and no place says for which.
+    # 85.1 is the best of these. The paper does not say which one.
     yield Row('Fig. 5', 'best, gamma 2 to 4', tuple(_classifier(data, Loss(g, g)) for g in (2., 3., 4.)),
               _named(entries, 'best, gamma 2 to 4'))
 
@@ -275,12 +380,12 @@ def _fig9(data: str, entries: list[Entry]) -> Iterator[Row]:
 
 def _fig8(data: str, entries: list[Entry]) -> Iterator[Row]:
     backbones = {'ResNet-18': 'resnet', 'TResNet': 'tresnet', 'MobileNetV3': 'mobilenet-v3'}
-    if data == 'real':  # EfficientNet-B1 stands in for OFA-595: see docs/recipes.md
-        backbones = {'OFA-595': 'efficientnet-b1_paper', 'ResNet101': 'resnet101', 'TResNet-L': 'tresnet-l_paper'}
+    if data == 'real':
+        backbones = {'OFA-595': 'ofa595_paper', 'ResNet101': 'resnet101', 'TResNet-L': 'tresnet-l_paper'}
     for name, stem in backbones.items():
         for printed, loss in {'Cross-entropy': CE, 'Focal loss': FOCAL, 'ASL': ASL}.items():
             pattern = stem + ('_{}_coco' if data == 'real' else '_{}_digits_paper')
-            label = f'{name}, {printed}' if name != 'OFA-595' else f'EfficientNet-B1 for OFA-595, {printed}'
+            label = f'{name}, {printed}'
             known = tuple(e for e in entries if (e.row, e.column) == (printed, name) and e.value is not None)
             yield Row('Fig. 8', label, (_training(pattern, loss.kind, loss), ), known, printed,
                       against=label.replace(printed, 'Cross-entropy'))
@@ -319,7 +424,7 @@ def _pretraining(data: str, entries: list[Entry]) -> Iterator[Row]:
 
 
 def _own(item: str, data: str, points: Mapping[float, tuple[str, Mapping[str, object]]]) -> Iterator[Row]:
-    """The three losses at every point of a figure, which is a label and options."""
+    """The three losses at every point of a figure. ``points`` has labels and overrides by position."""
     for name, loss in LOSSES.items() if data == 'digits' else ():
         for x, (label, options) in points.items():
             training = _training('resnet_{}_digits_paper', loss.kind, loss, options)
@@ -327,7 +432,7 @@ def _own(item: str, data: str, points: Mapping[float, tuple[str, Mapping[str, ob
 
 
 def _data(root: str) -> dict[str, object]:
-    """The options for other digits than the configs'."""
+    """The overrides for a data root other than the configs'."""
     return {} if root == 'data/digits_hard' else {
         f'{split}_dataloader.dataset.data_root': root for split in ('train', 'val', 'test')}
 
@@ -338,7 +443,7 @@ def _drawn(item: str, entries: list[Entry]) -> Iterator[Row]:
 
 
 def _of_entries(item: str, entries: list[Entry]) -> Iterator[Row]:
-    """Rows of the known methods and of the losses on a data set; a column of its own pre-training is its own row."""
+    """Rows of the cited methods and of the losses on a data set; columns with another pre-training get their own."""
     found: dict[tuple, list[Entry]] = {}
     for entry in entries:
         found.setdefault((entry.row, _config(entry) if entry.source == 'ours' else None), []).append(entry)
@@ -352,7 +457,7 @@ def _of_entries(item: str, entries: list[Entry]) -> Iterator[Row]:
 
 
 def _config(entry: Entry) -> str:
-    """The config of a number that the paper's authors measured."""
+    """Name of the config for a number that the paper's authors measured."""
     backbone = {'ResNet101': 'resnet101', 'TResNet-L': 'tresnet-l_paper', None: 'tresnet-l_paper'}[entry.backbone]
     data = {'MS-COCO': 'coco', 'Pascal-VOC 2007': 'voc', 'NUS-WIDE': 'nus-wide', 'Open Images v6': 'open-images-448',
             'Herbarium 2020': 'herbarium'}[str(entry.dataset)]

@@ -1,4 +1,4 @@
-"""Tables and pictures of the paper's comparisons, from the rows that tools/reproduce.py writes."""
+"""Markdown tables and figures from the rows of trainings and measurements."""
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmasl.analysis.gradient import Setting, analyse
+from mmasl.analysis.gradient import Setting, analyse_gradient
 from mmasl.reproduce.experiments import (
     COLUMNS,
     CONVERGENCE,
@@ -19,75 +19,29 @@ from mmasl.reproduce.experiments import (
     rows,
 )
 from mmasl.reproduce.numbers import FOOTNOTES, Entry
-from mmasl.reproduce.runs import read_rows
+from mmasl.reproduce.results import Results, interval
+from mmasl.reproduce.runs import ORIGIN
+from mmasl.utils.markdown import markdown_table
 
-# What is shown of the digits' trainings; the first decides which of several is the best, and is drawn.
+# Columns of the digits' tables. The first selects the best of several trainings, and is drawn.
 SHOWN = {'Fig. 4': ('mAP', 'train_p_t_pos', 'train_p_t_neg', 'train_gap'), 'Table 13': ('bbox_mAP', 'bbox_mAP_50'),
          'Table 3': ('mAP', 'gamma_neg', 'CF1', 'gap'), 'Fig. 9': ('reached', 'gamma_neg', 'mAP'),
          **dict.fromkeys(('Table 2', MISSING_LABELS), ('mAP', 'CF1', 'gap', 'p_annotated', 'p_missing', 'p_absent',
                                                        'gradient_missing'))}
 HEADS = {'train_p_t_pos': 'p_t+ at the end', 'train_p_t_neg': 'p_t- at the end', 'train_gap': 'gap at the end',
          'bbox_mAP': 'AP', 'bbox_mAP_50': 'AP50', 'gap': 'gap (validation)', 'gamma_neg': 'final gamma_neg',
-         'p_annotated': 'p of annotated', 'p_missing': 'of missing', 'p_absent': 'of absent labels',
+         'p_annotated': 'p of annotated labels', 'p_missing': 'p of missing labels', 'p_absent': 'p of absent labels',
          'gradient_missing': 'gradient on missing labels [%]',
          'mAP_weighted': 'macro mAP', 'f1-score': 'macro F1', 'reached': 'gap reached after [% of the training]'}
-# What a row's difference is to, where not to the item's first row: see Row.against.
+# Heading of the differences, where rows are not compared with the item's first row: see Row.against.
 AGAINST = {'Fig. 8': 'against cross-entropy, same backbone', 'Table 13': 'against focal loss, same detector',
            **dict.fromkeys(OWN, 'against CE, same point')}
 FRACTIONS = ('train_p_t_pos', 'train_p_t_neg', 'train_gap', 'gap', 'gamma_neg', 'p_annotated', 'p_missing', 'p_absent')
 CURVES = {'Fig. 4': ('p_t_pos', 'p_t_neg'), 'Fig. 9': ('gamma_neg', 'gap')}
 
 
-class Results:
-    """The rows of trainings, and of the curves of some.
-
-    Args:
-        folder: Holds ``<data>.csv``, ``<data>_curves.csv`` and ``<data>_missing.csv``, which benchmarks/paper/missing_labels.py
-            writes; none need exist.
-        data: 'real' or 'digits'.
-    """
-
-    def __init__(self, folder: Path, data: str) -> None:
-        self.data = data
-        self.path, self.curves_path, self.missing_path = (
-            folder / f'{data}{what}.csv' for what in ('', '_curves', '_missing'))
-        self.rows, self.curve_rows, self.missing_rows = map(
-            read_rows, (self.path, self.curves_path, self.missing_path))
-
-    def seeds(self, training: Training) -> list[int]:
-        """Seeds that have been trained, ascending."""
-        return sorted(int(row['seed']) for row in self.of(training))
-
-    def of(self, training: Training) -> list[dict]:
-        """The rows of a training, one a seed."""
-        return self._of(training, self.rows)
-
-    def scores(self, training: Training, scalar: str) -> dict[int, float]:
-        """A scalar of the trained seeds."""
-        return {int(row['seed']): float(row[scalar])
-                for row in self._of(training, [*self.rows, *self.missing_rows]) if row.get(scalar)}
-
-    def curve(self, training: Training, scalar: str) -> tuple[np.ndarray, np.ndarray]:
-        """Shares of the training, (T,), and a scalar there, the mean over the seeds, (T,)."""
-        found = self._of(training, self.curve_rows)
-        shares = sorted({float(row['share']) for row in found})
-        return np.array(shares), np.array([
-            np.mean([float(row[scalar]) for row in found if float(row['share']) == share]) for share in shares])
-
-    @staticmethod
-    def _of(training: Training, found: Iterable[dict]) -> list[dict]:
-        return [row for row in found if (row['config'], row['options']) == (training.config, training.overrides)]
-
-
-def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval (Student's t; NaN for one value)."""
-    from scipy.stats import t
-    x, count = np.asarray(values, float), len(values)
-    return x.mean(), t.ppf(0.975, count - 1) * x.std(ddof=1) / count**0.5 if count > 1 else np.nan
-
-
 def best(row: Row, results: Results) -> Training:
-    """Of a row's trainings that with the highest mean of what its item shows first, over the seeds that all have."""
+    """A row's training with the highest mean of the item's first scalar, over the seeds that all trainings have."""
     scalar = shown(row.item, results.data, [row])[0]
     known = {one: scores for one in row.trainings if (scores := results.scores(one, scalar))}
     common = set.intersection(*map(set, known.values())) if known else set()
@@ -95,19 +49,22 @@ def best(row: Row, results: Results) -> Training:
 
 
 def shown(item: str, data: str, found: Iterable[Row]) -> tuple[str, ...]:
-    """The scalars that a table has columns of."""
+    """The scalars that a table has columns for."""
     if data == 'digits' or item in CURVES or item == 'Table 13':
         return SHOWN.get(item, ('mAP', 'CF1', 'gap'))
     columns = (entry.column for row in found if row.trainings for entry in row.entries)
     scalars = dict.fromkeys(COLUMNS[column] for column in columns if column in COLUMNS) or ('mAP', )
-    return tuple(sorted(scalars, key=lambda scalar: scalar == 'gamma_neg'))  # a result of the training, not its score
+    return tuple(sorted(scalars, key=lambda scalar: scalar == 'gamma_neg'))  # it is an outcome, not the score
 
 
 def render(item: str, results: Results) -> str:
-    """A table or figure as Markdown: the paper's numbers, ours, and what is to be known of them.
+    """A table or figure as Markdown, with the paper's numbers, ours and footnotes.
 
-    Ours are the mean over the seeds and its 95 % interval; a difference is that to another row, by default the first,
-    on the same seeds.
+    Ours are means over the seeds with their 95 % intervals. A difference compares two rows on the same seeds.
+
+    Args:
+        item: A table or figure, as in :func:`mmasl.reproduce.experiments.rows`.
+        results: The rows.
     """
     found = rows(item, results.data)
     if item == 'Table 1':
@@ -122,7 +79,7 @@ def render(item: str, results: Results) -> str:
         heads += [HEADS.get(scalar, scalar) for scalar in scalars]
         heads.insert(len(columns) + 1, AGAINST.get(item, 'against the first row'))
         heads += ['seeds']
-    lines = ['| ' + ' | '.join(['', *heads]) + ' |', '|---' * (len(heads) + 1) + '|']
+    lines = []
     first = next((row.label for row in found if row.trainings), '')
     compared = {row.label: best(row, results) for row in found if row.trainings}
     for row in found:
@@ -132,9 +89,9 @@ def render(item: str, results: Results) -> str:
         if trained:
             cells += (_measured(row, compared[row.against or first], scalars, results) if row.trainings
                       else [''] * (len(scalars) + 2))
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    lines += [''] * bool(notes) + [f'({number}) {FOOTNOTES[key]}  ' for number, key in enumerate(notes, 1)]
-    return '\n'.join(lines)
+        lines.append(cells)
+    footnotes = [f'({number}) {FOOTNOTES[key]}  ' for number, key in enumerate(notes, 1)]
+    return '\n'.join([markdown_table(lines, ['', *heads]), *[''] * bool(notes), *footnotes])
 
 
 def _printed(entry: Entry | None, notes: list[str]) -> str:
@@ -167,21 +124,55 @@ def _mean(scores: dict[int, float], scalar: str, sign: str = '') -> str:
 
 
 def _properties(found: Sequence[Row]) -> str:
-    """Table 1: the paper's signs, and what the gradients themselves have (gamma 2, margin 0.2)."""
+    """Table 1: the paper's signs, and the properties of the gradients (gamma 2, margin 0.2)."""
     settings = {'CE': (0., 0.), 'AF': (2., 0.), 'CE+PS': (0., 0.2), 'ASL (AF+PS)': (2., 0.2)}
     names = ('hard_threshold', 'soft_threshold', 'discards_mislabelled', 'continuous')
-    lines = ['| | ' + ' | '.join(f'paper: {entry.column} | measured' for entry in found[0].entries) + ' |',
-             '|---' * (2 * len(names) + 1) + '|']
+    heads = ['', *(head for entry in found[0].entries for head in (f'paper: {entry.column}', 'measured'))]
+    lines = []
     for row in found:
         gamma, clip = settings[row.label]
-        properties = analyse(Setting(gamma_neg=gamma, clip=clip))
+        properties = analyse_gradient(Setting(gamma_neg=gamma, clip=clip))
         pairs = ((entry.value, getattr(properties, name)) for entry, name in zip(row.entries, names, strict=True))
-        lines.append(f'| {row.label} | ' + ' | '.join(f'{"-+"[bool(a)]} | {"-+"[bool(b)]}' for a, b in pairs) + ' |')
-    return '\n'.join(lines)
+        lines.append([row.label, *('-+'[bool(value)] for pair in pairs for value in pair)])
+    return markdown_table(lines, heads)
+
+
+def rows_table(found: Sequence[dict[str, str]]) -> str:
+    """Measured rows as Markdown, with their common device, versions and date in one line below.
+
+    Fractions are rounded to three significant digits. Columns without a value are left out.
+
+    Args:
+        found: Rows as :func:`mmasl.reproduce.runs.read_rows` returns them.
+    """
+    columns = [key for key in found[0] if key not in ORIGIN and any(row[key] for row in found)]
+    origins = sorted({f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['date']}" for row in found})
+    table = markdown_table([[_rounded(row[column]) for column in columns] for row in found],
+                           [column.replace('_', ' ') for column in columns])
+    return f'{table}\n\n{"; ".join(origins)}.'
+
+
+def _rounded(text: str) -> str:
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    if '.' not in text and 'e' not in text:
+        return text
+    return f'{value:.0f}' if abs(value) >= 100 else f'{value:.3g}'
 
 
 def draw(item: str, results: Results, paths: Sequence[Path]) -> bool:
-    """Draw what has been trained of an item to files; whether there was anything."""
+    """Draw the trained rows of an item.
+
+    Args:
+        item: A table or figure.
+        results: The rows.
+        paths: Files to write, SVG or PNG.
+
+    Returns:
+        Whether there was anything to draw.
+    """
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt

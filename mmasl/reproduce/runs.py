@@ -1,5 +1,8 @@
-"""Runs of tools/train.py and tools/test.py as processes: side by side, watched, resumed, and read back from what they
-write."""
+"""Training and evaluation runs as child processes, and the CSV files of measured rows.
+
+A :class:`Run` calls tools/train.py or tools/test.py and reads back the files that MMEngine writes. :func:`train` starts
+several runs side by side, shows their progress and resumes interrupted ones.
+"""
 import csv
 import datetime
 import hashlib
@@ -11,28 +14,40 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
-from mmasl.utils.files import write_whole
+from mmasl.errors import ConfigError, MMASLError, UnavailableError
+from mmasl.utils.files import atomic_write
 
 TRAIN = Path(__file__).parents[2] / 'tools' / 'train.py'
 TEST = TRAIN.with_name('test.py')
-TESTED = re.compile(r'Epoch\(test\)\s+\[\s*(\d+)/(\d+)\].*?eta: ([\d:]+(?: days?, [\d:]+)?)')
-PROGRESS = re.compile(r'Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: ([\d:]+(?: days?, [\d:]+)?)')
+TEST_LINE = re.compile(r'Epoch\(test\)\s+\[\s*(\d+)/(\d+)\].*?eta: ([\d:]+(?: days?, [\d:]+)?)')
+TRAIN_LINE = re.compile(r'Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: ([\d:]+(?: days?, [\d:]+)?)')
+ORIGIN = ('commit', 'date', 'torch', 'device')  # columns that write_rows adds
+REPORT_SECONDS = 20.  # between two reports of the progress where the output is not a terminal
 
 
 @dataclass
 class Run:
-    """One training, or the evaluation of a ``checkpoint`` if there is one: a config, a work directory, and overrides as
-    ``--cfg-options`` takes them.
+    """One training, or one evaluation of a checkpoint.
 
-    A finished run is not trained again, an interrupted one is resumed, and one whose settings have changed since is
-    refused. Overrides in ``placement`` say how it is spread over a machine: they may change from call to call.
+    ``work_dir/run.json`` records the settings and whether the run has finished. A finished run is not repeated, an
+    interrupted one is resumed, and a work dir of other settings is refused.
+
+    Args:
+        config: Path of the config.
+        work_dir: Folder of the run.
+        options: Overrides of the config, as in ``--cfg-options``.
+        placement: Overrides that distribute the run over a machine. They are not part of its settings.
+        checkpoint: Path or URL of the checkpoint to evaluate; '' trains.
     """
     config: str
     work_dir: str
@@ -45,6 +60,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Name of the work dir."""
         return self._folder.name
 
     @property
@@ -53,7 +69,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """'new', 'interrupted', 'finished', or 'changed' where the folder holds a run of other settings."""
+        """'new', 'interrupted', 'finished', or 'changed' if the work dir holds a run of other settings."""
         path = self._folder / 'run.json'
         if not path.exists():
             return 'new'
@@ -64,24 +80,27 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has been trained to its end with these settings.
+        """Whether the run has finished with these settings.
 
         Raises:
-            SystemExit: The folder holds a run of other settings.
+            ConfigError: The work dir holds a run of other settings.
         """
         state = self.state
         if state == 'changed':
-            raise SystemExit(f'{self.work_dir} holds a run of {self.config} with other settings than now: remove the '
-                             'folder, or choose another work dir')
+            raise ConfigError(f'{self.work_dir} holds a run of {self.config} with other settings. Remove that folder, '
+                              'or choose another work dir')
         return state == 'finished'
 
     def start(self, threads: int, gpus: int = 1, devices: str | None = None) -> subprocess.Popen:
-        """Train, or go on training, on several GPUs if so, with its output in ``work_dir/train.txt``.
+        """Start or resume the run. Its output goes to ``work_dir/train.txt``.
 
         Args:
-            threads: Of each process, on the CPU.
-            gpus: Processes, one on each GPU.
-            devices: CUDA_VISIBLE_DEVICES of the run; None leaves it as it is.
+            threads: CPU threads of each process.
+            gpus: Number of processes, one per GPU.
+            devices: CUDA_VISIBLE_DEVICES of the run; None does not change it.
+
+        Returns:
+            The started process.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         self._stamp(finished=False)
@@ -101,11 +120,12 @@ class Run:
             return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
 
     def finish(self) -> None:
+        """Record that the run has finished."""
         self._stamp(finished=True)
 
     def progress(self) -> str:
-        """Where the run is: epoch, time left and the last value of every figure of the last evaluation."""
-        tested, steps = (pattern.findall(self.tail(20000)) for pattern in (TESTED, PROGRESS))
+        """One line: epoch, remaining time and the main metrics of the last evaluation."""
+        tested, steps = (pattern.findall(self.tail(20000)) for pattern in (TEST_LINE, TRAIN_LINE))
         if self.checkpoint and tested:
             return 'batch {}/{}  {} left'.format(*tested[-1])
         if not steps:
@@ -120,18 +140,18 @@ class Run:
         return text
 
     def tail(self, size: int) -> str:
-        """The end of the run's output."""
+        """The last ``size`` bytes of the output."""
         path = self._folder / 'train.txt'
         return path.read_bytes()[-size:].decode(errors='replace') if path.exists() else ''
 
     def evaluations(self) -> list[dict]:
-        """Every evaluation so far, by epoch ('step'), from the scalars that MMEngine writes."""
+        """The metrics of every evaluation so far, with the epoch as 'step'."""
         if self.checkpoint:
             return [json.loads(self._metrics.read_text())] if self._metrics.exists() else []
         return self._scalars(training=False)
 
     def training(self) -> list[dict]:
-        """What was logged while training, by iteration ('step')."""
+        """The scalars that were logged during training, with the iteration as 'step'."""
         return self._scalars(training=True)
 
     def _scalars(self, training: bool) -> list[dict]:
@@ -141,13 +161,13 @@ class Run:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError:
-                    continue  # the run was killed, or the disk full, in the middle of a line
+                    continue  # incomplete line of a killed run
                 if ('iter' in row) == training:
-                    rows[row['step']] = row  # a later file is that of a resumed run, and counts
+                    rows[row['step']] = row  # a resumed run writes a later file; its values replace earlier ones
         return [rows[step] for step in sorted(rows)]
 
     def last_checkpoint(self) -> str:
-        """The last checkpoint, in the work dir, which may have been moved since."""
+        """Path of the last checkpoint. It is looked up in the work dir, because the folder may have been moved."""
         return str(self._folder / Path((self._folder / 'last_checkpoint').read_text().strip()).name)
 
     def _settings(self) -> str:
@@ -157,23 +177,25 @@ class Run:
 
     def _stamp(self, finished: bool) -> None:
         stamp = dict(config=self.config, options=self.options, settings=self._settings(), finished=finished)
-        write_whole(self._folder / 'run.json', (json.dumps(stamp, indent=2) + '\n').encode())
+        atomic_write(self._folder / 'run.json', (json.dumps(stamp, indent=2) + '\n').encode())
 
 
 def fingerprint(cfg: Config) -> str:
-    """64 hexadecimal digits that are others wherever a setting is."""
+    """SHA-256 of a config, as 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(cfg.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def write_rows(path: Path, rows: Sequence[dict]) -> None:
-    """Write measured rows as CSV, each with the commit, the day, and the torch and device that they were made with.
+    """Write measured rows to a CSV file, with the commit, date, torch version and device of the measurement.
 
-    Rows that have these already, as those of an earlier run, keep them.
+    Args:
+        path: The file.
+        rows: Values by column. Rows that already have a commit, date, torch version and device keep them.
     """
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
     device = (torch.cuda.get_device_name() if torch.cuda.is_available() else
               f'{os.cpu_count()} cores {platform.machine()}')
-    origin = dict(commit=commit, date=datetime.date.today().isoformat(), torch=torch.__version__, device=device)
+    origin = dict(zip(ORIGIN, (commit, datetime.date.today().isoformat(), torch.__version__, device), strict=True))
     path.parent.mkdir(parents=True, exist_ok=True)
     names = dict.fromkeys(name for row in rows for name in row if name not in origin)
     with path.open('w', newline='') as file:
@@ -183,35 +205,25 @@ def write_rows(path: Path, rows: Sequence[dict]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none if there is no such file."""
+    """The rows of a CSV file; an empty list if the file does not exist."""
     if not path.exists():
         return []
     with path.open(newline='') as file:
         return list(csv.DictReader(file))
 
 
-def fill_blocks(text: str, makers: Mapping[str, Callable[[str], str]]) -> str:
-    """A document in which ``makers[KIND](WHAT)`` made what is from ``<!-- KIND: WHAT -->`` to ``<!-- end -->`` anew.
-
-    Comments of other kinds are left alone.
-    """
-    def fill(match: re.Match) -> str:
-        opening, kind, what = match.groups()
-        return f'{opening}{makers[kind](what)}\n<!-- end -->' if kind in makers else match[0]
-
-    return re.sub(r'(<!-- (\w+): ([^>]*?) -->\n).*?<!-- end -->', fill, text, flags=re.DOTALL)
-
-
 def train(runs: Sequence[Run], jobs: int | None = None, gpus: int = 1) -> None:
-    """Train what is not finished, side by side, and show the progress.
+    """Train the unfinished runs side by side and show their progress.
 
     Args:
-        runs: Finished ones are passed over.
-        jobs: Trainings at a time. By default as many as the GPUs allow, or one per core where there is none.
-        gpus: Of one training. Trainings at a time have GPUs of their own as long as there are enough.
+        runs: Finished ones are skipped.
+        jobs: Number of simultaneous runs. None: as many as the GPUs allow; without a GPU, one per core.
+        gpus: GPUs per run. Simultaneous runs use different GPUs while there are enough.
 
     Raises:
-        SystemExit: A run failed; the others are stopped, and resume at the next call.
+        ConfigError: A work dir holds a run of other settings.
+        UnavailableError: There are fewer GPUs than one run needs.
+        MMASLError: A run failed. The others are stopped; the next call resumes them.
     """
     cores = len(os.sched_getaffinity(0))
     devices = _devices(gpus)
@@ -219,27 +231,31 @@ def train(runs: Sequence[Run], jobs: int | None = None, gpus: int = 1) -> None:
     jobs = max(1, min(jobs or (cores if devices == [None] else len(devices)), len(waiting)))
     free = [devices[place % len(devices)] for place in range(jobs)]
     running: dict[str, tuple[Run, subprocess.Popen, str | None]] = {}
-    board = _Board()
-    # A plain kill would leave the trainings running.
+    console, reported = Console(soft_wrap=True, highlight=False, markup=False), time.monotonic()
+    # Without this handler, SIGTERM would leave the child processes running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))
     try:
-        while waiting or running:
-            while waiting and free:
-                run, place = waiting.pop(0), free.pop(0)
-                running[run.work_dir] = run, run.start(max(1, cores // jobs), gpus, place), place
-            time.sleep(1)
-            for run, process, place in list(running.values()):
-                if process.poll() is None:
-                    continue
-                del running[run.work_dir]
-                free.append(place)
-                if process.returncode:
-                    raise SystemExit(f'{run.name} failed (exit {process.returncode}); the end of '
-                                     f'{run.work_dir}/train.txt:\n{run.tail(3000)}')
-                run.finish()
-                board.say(f'{run.name}: done')
-            board.show([f'{run.name}: {run.progress()}' for run, *_ in running.values()]
-                       + [f'{run.name}: waiting' for run in waiting])
+        with Live(console=console, transient=True, auto_refresh=False) as live:
+            while waiting or running:
+                while waiting and free:
+                    run, place = waiting.pop(0), free.pop(0)
+                    running[run.work_dir] = run, run.start(max(1, cores // jobs), gpus, place), place
+                time.sleep(1)
+                for run, process, place in list(running.values()):
+                    if process.poll() is None:
+                        continue
+                    del running[run.work_dir]
+                    free.append(place)
+                    if process.returncode:
+                        raise MMASLError(f'{run.name} failed (exit {process.returncode}). The end of '
+                                         f'{run.work_dir}/train.txt:\n{run.tail(3000)}')
+                    run.finish()
+                    console.print(f'{run.name}: done')
+                lines = [f'{run.name}: {run.progress()}' for run, *_ in running.values()]
+                live.update(Text('\n'.join([*lines, *(f'{run.name}: waiting' for run in waiting)])), refresh=True)
+                if not console.is_terminal and time.monotonic() - reported > REPORT_SECONDS:
+                    console.print('\n'.join(lines))
+                    reported = time.monotonic()
     finally:
         for _, process, _ in running.values():
             process.terminate()
@@ -248,40 +264,12 @@ def train(runs: Sequence[Run], jobs: int | None = None, gpus: int = 1) -> None:
 
 
 def _devices(gpus: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of trainings side by side, ``gpus`` each; [None] on a machine without GPUs."""
+    """CUDA_VISIBLE_DEVICES of simultaneous runs, ``gpus`` each; [None] on a machine without a GPU."""
     count = torch.cuda.device_count()
     if not count:
         return [None]
     if gpus > count:
-        raise SystemExit(f'{gpus} GPUs for one training, and PyTorch finds {count} here: give --gpus {count}')
+        raise UnavailableError(f'A run needs {gpus} GPUs, and PyTorch finds {count}. Pass --gpus {count}')
     visible = os.environ.get('CUDA_VISIBLE_DEVICES')
     names = visible.split(',') if visible else [str(number) for number in range(count)]
     return [','.join(names[place:place + gpus]) for place in range(0, count - gpus + 1, gpus)]
-
-
-class _Board:
-    """Lines that are redrawn in place on a terminal, and printed now and then elsewhere."""
-
-    def __init__(self, interval: float = 20.) -> None:
-        self.live = sys.stdout.isatty()
-        self.interval = interval
-        self.height = 0
-        self.shown = time.monotonic()
-
-    def say(self, line: str) -> None:
-        self._clear()
-        print(line, flush=True)
-
-    def show(self, lines: list[str]) -> None:
-        if self.live:
-            self._clear()
-            print('\n'.join(lines), flush=True)
-            self.height = len(lines)
-        elif time.monotonic() - self.shown > self.interval:
-            print('\n'.join(line for line in lines if not line.endswith('waiting')), flush=True)
-            self.shown = time.monotonic()
-
-    def _clear(self) -> None:
-        if self.height:
-            print(f'\x1b[{self.height}F\x1b[J', end='')
-            self.height = 0

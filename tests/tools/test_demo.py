@@ -1,5 +1,4 @@
-"""The demo's table and pictures, from files as its runs write them; the trainings themselves are `make demo`."""
-import importlib.util
+"""The demo's table, curves and picture, from files as its runs write them."""
 import json
 import re
 from copy import deepcopy
@@ -12,22 +11,16 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmasl.datasets.digits import DigitScenes
 from mmasl.reproduce.runs import Run
+from tools import demo
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def demo(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    spec = importlib.util.spec_from_file_location('demo', ROOT / 'tools' / 'demo.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def runs(tmp_path):
+def runs(tmp_path, monkeypatch):
     """Two evaluations of every run."""
+    monkeypatch.chdir(ROOT)
+
     def write(config, **figures):
         folder = tmp_path / config / '20260101_000000' / 'vis_data'
         folder.mkdir(parents=True)
@@ -41,22 +34,19 @@ def runs(tmp_path):
             {loss: write(f'fcos_{loss}_digits', **{'coco/bbox_mAP': 0.613}) for loss in ('focal', 'asl')})
 
 
-def test_table(demo, runs):
+def test_table_and_curves(runs, tmp_path):
     lines = demo.render_table(*runs).splitlines()
     lr, det_lr = demo.learning_rate(runs[0]['asl']), demo.learning_rate(runs[1]['asl'])
     assert lines[-1] == f'| ASL | {lr} | 90.1 | 80.0 | 81.0 | -0.20 | {det_lr} | 61.3 |'
-    assert re.match(r'\| cross-entropy \| .* \|  \|  \|$', lines[2])
-    assert len(lines) == 5
-
-
-def test_curves(demo, runs, tmp_path):
+    assert re.match(r'\| cross-entropy \| .* \|  \|  \|$', lines[2]) and len(lines) == 5
     demo.plot_curves(*runs, tmp_path / 'curves.svg')
     assert (tmp_path / 'curves.svg').read_text().count('<g id="axes_') == 3
 
 
-def test_predictions(demo, tmp_path):
-    """Untrained models on real digits: every path from the config to the picture."""
-    DigitScenes(train=1, val=8).write(tmp_path / 'digits')
+def test_predictions(tmp_path, monkeypatch):
+    """Untrained models on real digits, built as Runner builds them."""
+    monkeypatch.chdir(ROOT)
+    DigitScenes(train=1, val=demo.IMAGES).write(tmp_path / 'digits')
     runs = []
     for name in ('resnet_asl_digits', 'fcos_asl_digits'):
         cfg = Config.fromfile(f'configs/digits/{name}.py')
@@ -68,28 +58,16 @@ def test_predictions(demo, tmp_path):
         torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / name / 'epoch_1.pth')
         (tmp_path / name / 'last_checkpoint').write_text(str(tmp_path / name / 'epoch_1.pth'))
         runs.append(Run(str(tmp_path / f'{name}.py'), str(tmp_path / name)))
+    built, build = [], MODELS.build
+    monkeypatch.setattr(MODELS, 'build', lambda cfg: built.append(deepcopy(cfg)) or build(cfg))
     demo.plot_predictions(*runs, tmp_path / 'predictions.png')
     assert (tmp_path / 'predictions.png').stat().st_size > 10000
+    # Runner passes the data_preprocessor that stands beside the model in the config.
+    assert built[0].data_preprocessor == Config.fromfile(runs[0].config).data_preprocessor
+    assert built[0].data_preprocessor.std == [255.] * 3
 
 
 def test_readme_shows_the_committed_results():
     readme = (ROOT / 'README.md').read_text()
     for line in (ROOT / 'benchmarks' / 'demo' / 'results.md').read_text().splitlines():
         assert line in readme
-
-
-def test_predictions_are_those_of_the_evaluation(demo, tmp_path, monkeypatch):
-    """Runner gives the model the data_preprocessor that stands beside it in the config."""
-    built = []
-    build = MODELS.build
-    monkeypatch.setattr(MODELS, 'build', lambda cfg: built.append(deepcopy(cfg)) or build(cfg))
-    monkeypatch.setattr(demo, 'load_checkpoint', lambda *args, **kwargs: None)
-    DigitScenes(train=1, val=8).write(tmp_path / 'digits')
-    cfg = Config.fromfile('configs/digits/resnet_asl_digits.py')
-    cfg.model.backbone.init_cfg = None
-    cfg.test_dataloader.dataset.data_root = str(tmp_path / 'digits')
-    cfg.dump(tmp_path / 'config.py')
-    (tmp_path / 'last_checkpoint').write_text('none')
-    _, samples, _ = demo.predict(Run(str(tmp_path / 'config.py'), str(tmp_path)))
-    assert samples[0].pred_score.shape == (40, )
-    assert built[0].data_preprocessor == cfg.data_preprocessor and built[0].data_preprocessor.std == [255.] * 3

@@ -1,8 +1,7 @@
-"""The paper's numbers against a second, independent entry of them, and the arithmetic behind the footnotes.
+"""The paper's numbers against a second, independent entry, and the arithmetic behind the footnotes.
 
-The data file was typed from the paper. The second entry was made by a script that never saw it: tables cut from the
-paper's text at tabs, gammas, margins and resolutions taken from its sentences. Both agree in all cells; of the second
-only the checksums are kept, so that the repository does not hold two copies that could be edited alike.
+The data file was typed from the paper. A script that did not read the file made the second entry from the paper's text.
+Both agree in all cells. Only the checksums of the second entry are kept, so that both cannot be edited alike.
 """
 import hashlib
 import itertools
@@ -120,9 +119,9 @@ def test_what_figures_take_from_tables():
 
 
 def test_unknown_items():
-    with pytest.raises(ValueError, match='no Table 14 .* choose one of Table 1, .* Fig. 9'):
+    with pytest.raises(ValueError, match='no numbers for Table 14. Choose one of Table 1, .* Fig. 9'):
         table(14)
-    with pytest.raises(ValueError, match='no Fig. 1 '):
+    with pytest.raises(ValueError, match='no numbers for Fig. 1'):
         figure(1)
 
 
@@ -196,7 +195,7 @@ def test_top3_predicts_fewer_than_three():
     recall, precision = (cell(table(8), 'ASL (TResNet-L)', f'Top 3 {name}').value for name in ('OR', 'OP'))
     # Right predictions an image: recall x labels = precision x predictions; Sec. 4.1.1 has 2.9 labels an image.
     predictions = recall * 2.9 / precision
-    assert predictions < 3 and f'{predictions:.1f} predictions' in FOOTNOTES['top3']
+    assert predictions < 3 and f'{predictions:.1f} predictions per image' in FOOTNOTES['top3']
     assert f'OP {precision} and OR {recall}' in FOOTNOTES['top3']
 
 
