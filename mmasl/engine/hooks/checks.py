@@ -237,7 +237,8 @@ class CheckFiniteHook(Hook):
     def before_test(self, runner: Runner) -> None:
         self.logits = None
         if what := describe_weights(runner.model):
-            raise NonFiniteError(f'{what} The training of {checkpoint_name(runner)} diverged. Use an earlier one')
+            raise NonFiniteError(f'{what} {checkpoint_name(runner)} is from a diverged training: use an earlier '
+                                 'checkpoint')
 
     def _keep(self, loss: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.logits is not None and loss.training and torch.is_grad_enabled():
