@@ -150,14 +150,13 @@ def test_several_losses_are_numbered(tmp_path):
     assert_close(logged(runner, 'gap_0'), logged(runner, 'gap_1'))
 
 
-@pytest.mark.parametrize('target', [-0.2, 0.2])
-@pytest.mark.parametrize('start', [0., 8.])
+@pytest.mark.parametrize('start, target', [(0., 0.2), (8., -0.2), (3., 0.)])
 def test_gap_reaches_its_target_from_any_start(tmp_path, start, target):
     runner = make_runner(tmp_path, AdaptiveAsymmetryHook(target), Model(gamma_neg=start), epochs=8)
     runner.train()
     assert logged(runner, 'gap')[-50:].mean().item() == pytest.approx(target, abs=0.02)
     gamma = logged(runner, 'gamma_neg')[-50:]
-    assert 0.1 < gamma.min() and gamma.max() < 15.9, 'not at a bound'
+    assert 0.1 < gamma.min() and gamma.max() < 15.9, 'gamma_neg must not be at a bound'
 
 
 @pytest.mark.parametrize('prior', [0.05, 0.5])
@@ -182,16 +181,10 @@ class PrintedSign(AdaptiveAsymmetryHook):
 
 
 def test_the_printed_sign_of_equation_11_is_positive_feedback(tmp_path):
-    """Both signs, from the same start near the balance: one comes to the target, the other runs to a bound."""
-    gammas = {}
-    for name, hook in dict(stable=AdaptiveAsymmetryHook(0.), printed=PrintedSign(0.)).items():
-        runner = make_runner(tmp_path / name, hook, Model(gamma_neg=3.), epochs=8)
-        runner.train()
-        gammas[name] = logged(runner, 'gamma_neg')[-50:]
-        if name == 'stable':
-            assert logged(runner, 'gap')[-50:].mean().item() == pytest.approx(0, abs=0.02)
-    assert 0.1 < gammas['stable'].min() and gammas['stable'].max() < 15.9
-    assert gammas['printed'].unique().tolist() in ([0.], [16.])
+    """It runs to a bound, from a start near the balance. The opposite sign reaches its target above."""
+    runner = make_runner(tmp_path, PrintedSign(0.), Model(gamma_neg=3.), epochs=8)
+    runner.train()
+    assert logged(runner, 'gamma_neg')[-50:].unique().tolist() in ([0.], [16.])
 
 
 def test_margin_control(tmp_path):
