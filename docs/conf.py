@@ -20,7 +20,7 @@ from mmasl import registry
 ROOT = Path(__file__).parents[1]
 API = ROOT / 'docs' / 'api'
 NAVIGATION = {  # pages, or 'title <page>'; the build fails on a page that is not listed or does not exist
-    'Start': ['Overview <self>', 'docs/stock_configs', 'docs/choosing'],
+    'Start': ['Overview <self>', 'docs/install', 'docs/stock_configs', 'docs/choosing'],
     'Losses': ['docs/loss'],
     'Heads': ['docs/heads'],
     'Data and metrics': ['Data sets <docs/api/mmasl.datasets>', 'Metrics <docs/api/mmasl.evaluation>'],
