@@ -29,6 +29,7 @@ from mmpretrain.datasets.transforms.auto_augment import RANDAUG_POLICIES
 from PIL import Image
 from torch import nn
 
+from benchmarks import model_index
 from mmasl import AsymmetricLoss
 from mmasl.engine.schedulers import OneCycleMomentum
 from mmasl.utils.tools import load_config, make_parser, set_dataloader_defaults
@@ -131,6 +132,18 @@ def test_parts_build(name):
         assert 'detach_focusing' in written and written['use_sigmoid'] is True
         # The official script sums the loss and takes the focusing weight as constant.
         assert (loss.reduction == 'sum') == loss.detach_focusing == ('_official_' in name)
+
+
+def test_names_state_the_data():
+    """As metafile.yml reads them."""
+    kinds = {'data/digits': 'digits', 'data/digits_hard': 'digits, long tail and missing labels',
+             'data/glyphs': 'glyphs', 'data/coco': 'MS-COCO 2014', 'data/VOCdevkit/VOC2007': 'Pascal VOC 2007',
+             'data/nus_wide': 'NUS-WIDE', 'data/open_images': 'Open Images V6', 'data/nybg2020/train': 'Herbarium 2020'}
+    for name, path in PATHS.items():
+        dataset = load(name).train_dataloader.dataset
+        while 'dataset' in dataset or 'datasets' in dataset:
+            dataset = dataset.get('dataset') or dataset.datasets[0]
+        assert model_index.describe(path.stem)['data'] == kinds[dataset.data_root.rstrip('/')], name
 
 
 def is_whole_timm_model(backbone: dict) -> bool:

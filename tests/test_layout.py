@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the lowest to the highest. Packages of one layer do not import each other.
 LAYERS = (
-    ('mmasl.errors', ), ('mmasl.ops', ), ('mmasl.models.losses', ), ('mmasl.registry', ), ('mmasl.utils', ),
+    ('mmasl.errors', ), ('mmasl.ops', ), ('mmasl.models.losses', ), ('mmasl.utils', ), ('mmasl.registry', ),
     ('mmasl.datasets', 'mmasl.evaluation', 'mmasl.models'), ('mmasl.engine', ), ('mmasl.analysis', ), ('mmasl.apis', ),
     ('mmasl.reproduce', ))
 UTILS_MAY_IMPORT = ('mmasl.errors', 'mmasl.utils')
@@ -18,7 +18,7 @@ UTILS_MAY_IMPORT = ('mmasl.errors', 'mmasl.utils')
 OLD_NAMES = (
     'MultiLabelReport', 'multilabel_report', 'mmasl.EMAHook', 'inverse_posterior', 'posterior_cap', 'write_whole',
     'pass_over', 'FitCheck', 'plain_errors', 'mmasl.cli', 'mmasl.paper', 'mmasl/paper', 'tools/benchmarks',
-    "reduction='rows'", 'sys.modules[')
+    "reduction='rows'", "sys.modules['mmasl")
 OWN = ('tests/test_layout.py', )
 BINARY = ('.png', '.npz', '.svg', '.csv')
 

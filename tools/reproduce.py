@@ -14,7 +14,7 @@ from mmasl.analysis.loss_plots import FIGURE_2, FIGURE_3, draw_gradient, draw_lo
 from mmasl.datasets.digits import DigitScenes
 from mmasl.errors import ConfigError
 from mmasl.reproduce.experiments import OWN, Row, Training, digits_of, items, rows
-from mmasl.reproduce.render import CURVES, draw, render
+from mmasl.reproduce.render import CURVES, draw, render_item
 from mmasl.reproduce.results import Results
 from mmasl.reproduce.runs import Run, train
 from mmasl.utils.markdown import fill_blocks
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         picture = picture_path(item, data, args.out)
         picture.parent.mkdir(parents=True, exist_ok=True)
         drawn = draw_item(item, results, [picture, picture.with_suffix('.png')])
-        table = render_table(EQUATIONS[item][1]) if item in EQUATIONS else render(item, results)
+        table = render_table(EQUATIONS[item][1]) if item in EQUATIONS else render_item(item, results)
         text = f'## {item}\n{table}\n' + (f'\n![{item}]({picture.name})\n' if drawn else '')
         picture.with_suffix('.md').write_text(text)
         print(f'\n{text}')
@@ -140,7 +140,7 @@ def fill_page(text: str, folder: Path) -> str:
         item, data = what.rsplit(', ', 1)
         drawn = picture_path(item, data, folder)
         link = f'\n\n![{item}](../{drawn.relative_to(ROOT).as_posix()})' if drawn.exists() else ''
-        return render(item, Results(folder, data)) + link
+        return render_item(item, Results(folder, data)) + link
     return fill_blocks(text, dict(paper=block))
 
 

@@ -57,7 +57,7 @@ def shown(item: str, data: str, found: Iterable[Row]) -> tuple[str, ...]:
     return tuple(sorted(scalars, key=lambda scalar: scalar == 'gamma_neg'))  # it is an outcome, not the score
 
 
-def render(item: str, results: Results) -> str:
+def render_item(item: str, results: Results) -> str:
     """A table or figure as Markdown, with the paper's numbers, ours and footnotes.
 
     Ours are means over the seeds with their 95 % intervals. A difference compares two rows on the same seeds.

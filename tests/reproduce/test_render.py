@@ -6,7 +6,7 @@ import pytest
 
 from mmasl.reproduce import FOOTNOTES, load
 from mmasl.reproduce.experiments import MISSING_LABELS, OWN, ROOT, items, rows
-from mmasl.reproduce.render import best, draw, render, rows_table
+from mmasl.reproduce.render import best, draw, render_item, rows_table
 from mmasl.reproduce.results import Results
 from mmasl.reproduce.runs import write_rows
 
@@ -27,7 +27,7 @@ def cells_of(text: str) -> list[list[str]]:
 
 
 def test_table(tmp_path):
-    text = render('Fig. 5', write(tmp_path, 'Fig. 5'))
+    text = render_item('Fig. 5', write(tmp_path, 'Fig. 5'))
     head, first, _, third, *_, last = cells_of(text)
     assert head == ['', 'paper, MS-COCO: mAP', 'mAP', 'against the first row', 'CF1', 'gap (validation)', 'seeds']
     assert first == ['gamma 0', '84', '80.5 ± 1.2', '', '70.0 ± 0.0', '-0.20 ± 0.00', '3']
@@ -38,7 +38,7 @@ def test_table(tmp_path):
 
 
 def test_our_numbers_stand_in_our_columns(tmp_path):
-    heads, *lines = cells_of(render('Table 4', write(tmp_path, 'Table 4', 'real', 1)))
+    heads, *lines = cells_of(render_item('Table 4', write(tmp_path, 'Table 4', 'real', 1)))
     paper = {place for place, head in enumerate(heads) if head.startswith('paper')}
     printed = {f'{entry.value:g}' for entry in load() if entry.item == 'Table 4' and entry.value is not None}
     ours = ('', '80.0', '80.1', '80.2', '+0.1', '+0.2', '70.0', '1')
@@ -50,7 +50,7 @@ def test_our_numbers_stand_in_our_columns(tmp_path):
 
 def test_table_without_any_training(tmp_path):
     results = Results(tmp_path, 'digits')
-    assert ['FL', '85.1 (1)', *[''] * 8, '0'] in cells_of(render('Table 2', results))
+    assert ['FL', '85.1 (1)', *[''] * 8, '0'] in cells_of(render_item('Table 2', results))
     assert not draw('Table 2', results, [tmp_path / 'a.svg'])
 
 
@@ -59,11 +59,11 @@ def test_differences_are_on_common_seeds(tmp_path):
     first = rows('Fig. 5', 'digits')[0].trainings[0]
     results.rows = [row for row in results.rows if row['seed'] != '0' or row['config'] != first.config]
     results.rows = [dict(row, mAP=float(row['mAP']) - 30 * (row['seed'] == '0')) for row in results.rows]
-    assert '| +0.2 ± 0.0 |' in render('Fig. 5', results)  # seed 0, 30 points lower, is missing in the first row
+    assert '| +0.2 ± 0.0 |' in render_item('Fig. 5', results)  # seed 0, 30 points lower, is missing in the first row
 
 
 def test_points_are_compared_at_the_same_position(tmp_path):
-    head, *cells = cells_of(render(MISSING_LABELS, write(tmp_path, MISSING_LABELS)))
+    head, *cells = cells_of(render_item(MISSING_LABELS, write(tmp_path, MISSING_LABELS)))
     place = head.index('against CE, same point')
     assert [line[place] for line in cells] == [*[''] * 5, *['+0.5 ± 0.0'] * 5, *['+1.0 ± 0.0'] * 5]
     for item, count in (('Fig. 8', 3), ('Table 13', 2), *dict.fromkeys(OWN, 3).items()):
@@ -78,14 +78,14 @@ def test_missing_labels_stand_beside_the_scores(tmp_path):
     write_rows(tmp_path / 'digits_missing.csv', [
         dict(config=one.config, options=one.overrides, seed=seed, p_missing=0.25, gradient_missing=12.34)
         for seed in range(2)])
-    head, *cells = cells_of(render(MISSING_LABELS, Results(tmp_path, 'digits')))
+    head, *cells = cells_of(render_item(MISSING_LABELS, Results(tmp_path, 'digits')))
     p, gradient = head.index('p of missing labels'), head.index('gradient on missing labels [%]')
     assert cells[3][p] == '0.25 ± 0.00' and cells[2][p] == ''
     assert cells[3][gradient] == '12.3 ± 0.0' and cells[3][head.index('seeds')] == '3'
 
 
 def test_table_1_agrees_with_the_gradients(tmp_path):
-    _, *cells = cells_of(render('Table 1', Results(tmp_path, 'real')))
+    _, *cells = cells_of(render_item('Table 1', Results(tmp_path, 'real')))
     assert len(cells) == 4 and {cell for row in cells for cell in row[1:]} == {'+', '-'}
     assert all(row[1::2] == row[2::2] for row in cells)
 
@@ -112,16 +112,16 @@ def test_the_best_of_several_trainings(tmp_path):
 
 def test_the_score_comes_first(tmp_path):
     """The paper's Table 3 has gamma_neg first; differences and the picture are of mAP."""
-    head, _, second, *_ = cells_of(render('Table 3', write(tmp_path, 'Table 3', 'real')))
+    head, _, second, *_ = cells_of(render_item('Table 3', write(tmp_path, 'Table 3', 'real')))
     against = head.index('against the first row')
     assert head.index('mAP') < against < head.index('final gamma_neg') and second[against] == '+0.1 ± 0.0'
 
 
 def test_the_best_of_a_curve_stands_beside_the_best_of_the_paper(tmp_path):
-    assert '| best, gamma_neg 4 | 0 | 81.2 ± 1.2 (gamma_pos=4.0, gamma_neg=4.0) |' in render(
+    assert '| best, gamma_neg 4 | 0 | 81.2 ± 1.2 (gamma_pos=4.0, gamma_neg=4.0) |' in render_item(
         'Fig. 6', write(tmp_path, 'Fig. 6'))
     assert re.search(r'\| best, gamma 2 \|  \| 0.3 \| 0.4 \| \S+ ± 1.2 \(clip=0.4\)',
-                     render('Fig. 7', write(tmp_path, 'Fig. 7')))
+                     render_item('Fig. 7', write(tmp_path, 'Fig. 7')))
 
 
 def test_measured_rows_are_rounded():
