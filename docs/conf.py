@@ -49,7 +49,8 @@ autodoc_typehints_format = 'short'
 # Links to other projects would need a download of their inventories.
 nitpicky = True
 nitpick_ignore_regex = [
-    ('py:.*', r'(argparse|collections|inspect|mmcv|mmdet|mmengine|mmpretrain|numpy|os|pathlib|subprocess|torch)\..*'),
+    ('py:.*', r'(argparse|collections|inspect|json|matplotlib|mmcv|mmdet|mmengine|mmpretrain|numpy|os|pathlib|subprocess|'
+     r'torch)\..*'),
     ('py:.*', r'(.*\.)?_\w+')]
 html_theme = 'furo'
 html_static_path = ['_static']
