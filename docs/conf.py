@@ -48,10 +48,9 @@ napoleon_use_ivar = True
 autodoc_typehints_format = 'short'
 # Links to other projects would need a download of their inventories.
 nitpicky = True
-nitpick_ignore_regex = [
-    ('py:.*', r'(argparse|collections|inspect|json|matplotlib|mmcv|mmdet|mmengine|mmpretrain|numpy|os|pathlib|subprocess|'
-     r'torch)\..*'),
-    ('py:.*', r'(.*\.)?_\w+')]
+OTHERS = ('argparse', 'collections', 'inspect', 'json', 'matplotlib', 'mmcv', 'mmdet', 'mmengine', 'mmpretrain',
+          'numpy', 'os', 'pathlib', 'subprocess', 'torch')
+nitpick_ignore_regex = [('py:.*', rf'({"|".join(OTHERS)})\..*'), ('py:.*', r'(.*\.)?_\w+')]
 html_theme = 'furo'
 html_static_path = ['_static']
 html_css_files = ['wide.css']
