@@ -489,8 +489,8 @@ def test_logits_are_kept_within_a_training_iteration_only():
 
 
 def test_only_errors_of_users_lose_their_traceback():
-    with pytest.raises(SystemExit, match='gamma_neg=-1 must be'), exit_on_user_error():
-        AsymmetricLoss(gamma_neg=-1)
+    with pytest.raises(SystemExit, match='skip_unreadable=-1 must be'), exit_on_user_error():
+        CheckDataHook(skip_unreadable=-1)
     with pytest.raises(SystemExit, match='^a.jpg cannot be read$'), exit_on_user_error():
         raise UnreadableImageError(  # as a worker's error reaches the main process
             'Caught UnreadableImageError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n'
