@@ -87,7 +87,7 @@ def predict(cfg: Config, amp: bool = False) -> LabelledLogits:
 def synthetic_loss(settings: dict[str, Any]) -> AsymmetricLoss:
     try:
         return AsymmetricLoss(**settings)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f'--cfg-options does not fit AsymmetricLoss: {error}') from None
 
 

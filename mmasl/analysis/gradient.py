@@ -43,7 +43,10 @@ class Setting:
         for name in ('gamma_pos', 'gamma_neg', 'clip'):
             if not isinstance(value := getattr(self, name), (int, float)):
                 raise ConfigError(f'{name}={value} has one value per class: analyse one value at a time')
-        AsymmetricLoss(**asdict(self))
+        try:
+            AsymmetricLoss(**asdict(self))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     def __str__(self) -> str:
         return f'({self.gamma_pos:g}, {self.gamma_neg:g}, {self.clip:g})'

@@ -151,8 +151,8 @@ class LossSite:
     def _gradient(self, z: Tensor, y: Tensor, weight: Tensor | None, setting: Setting) -> Tensor:
         kept: Any = {key: getattr(self.module, key) for key in (
             'detach_focusing', 'loss_weight', 'weight_unannotated', 'gamma_unannotated') if hasattr(self.module, key)}
-        loss = AsymmetricLoss(setting.gamma_pos, setting.gamma_neg, setting.clip, self.alpha, reduction='sum',
-                              ignore_index=-1, **kept)
+        loss = AsymmetricLoss(gamma_pos=setting.gamma_pos, gamma_neg=setting.gamma_neg, clip=setting.clip,
+                              alpha=self.alpha, reduction='sum', ignore_index=-1, **kept)
         with torch.enable_grad():
             z = z.clone().requires_grad_()
             return torch.autograd.grad(loss.to(z.device)(z, y, weight), z)[0]
