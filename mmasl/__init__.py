@@ -30,7 +30,7 @@ _MODULES = {
                   'posterior_log_odds', 'posterior_threshold', 'posterior_upper_bound', 'use_implementation'],
 }
 _LOCATIONS = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = sorted(_LOCATIONS)
+__all__ = list(_LOCATIONS)
 
 
 def __getattr__(name: str) -> Any:

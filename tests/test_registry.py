@@ -1,4 +1,7 @@
 """Every public name resolves by its scope, under every default scope."""
+import subprocess
+import sys
+
 import pytest
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, DefaultScope
 
@@ -17,3 +20,18 @@ def test_resolves(registry, scope):
         for name in NAMES[registry]:
             found = registry.get(f'mmasl.{name}')
             assert found.__name__ == name and found.__module__.startswith('mmasl.')
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmpretrain'])
+@pytest.mark.parametrize('custom_imports', ['', 'import mmasl'])
+def test_the_loss_resolves_in_a_fresh_process(scope, custom_imports):
+    """MMEngine imports mmasl.registry at the lookup; ``custom_imports`` imports mmasl, which registers nothing."""
+    code = f"""
+{custom_imports}
+from mmengine.registry import DefaultScope
+from {scope}.registry import MODELS
+with DefaultScope.overwrite_default_scope('{scope}'):
+    print(MODELS.build(dict(type='mmasl.AsymmetricLoss', gamma_neg=2)))
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.startswith('AsymmetricLoss(gamma_pos=0.0, gamma_neg=2.0'), done.stderr[-2000:]

@@ -33,8 +33,8 @@ def compile_kernel(dtype: str, labels: bool, soft: bool, sums: bool) -> tuple[st
     block_c = triton_impl._class_block(80, 1)
     constants = dict(
         HAS_LABELS=labels, MAY_BE_SOFT=soft, PER_CLASS_POS=False, PER_CLASS_NEG=False, PER_CLASS_CLIP=False,
-        DETACH=False, LOSS=triton_impl.MODES['sum'], BLOCK_R=triton_impl.TILE // block_c, BLOCK_C=block_c, quality_ptr=None,
-        weight_ptr=None, upstream_ptr=None, ignore_index=None, stride_class=1, target_outer=0,
+        DETACH=False, LOSS=triton_impl.MODES['sum'], BLOCK_R=triton_impl.TILE // block_c, BLOCK_C=block_c,
+        quality_ptr=None, weight_ptr=None, upstream_ptr=None, ignore_index=None, stride_class=1, target_outer=0,
         target_class=0 if labels else 1,
         **{f'{name}_{axis}': 0 for name in ('weight', 'upstream') for axis in ('outer', 'row', 'class')})
     constants |= {} if sums else dict(sums_ptr=None)
@@ -45,7 +45,8 @@ def compile_kernel(dtype: str, labels: bool, soft: bool, sums: bool) -> tuple[st
     signature |= dict.fromkeys(constants, 'constexpr')
     aligned = [i for i, name in enumerate(names) if name not in constants and (
         name.endswith('_ptr') or name in ('classes', 'stride_row', 'target_row'))]
-    source = ASTSource(triton_impl._kernel, signature, {(names.index(key), ): value for key, value in constants.items()},
+    values = {(names.index(key), ): value for key, value in constants.items()}
+    source = ASTSource(triton_impl._kernel, signature, values,
                        {(i, ): [['tt.divisibility', 16]] for i in aligned})
     compiled = triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=WARPS))
     with TemporaryDirectory() as folder:

@@ -1,14 +1,14 @@
 """True probabilities from the logits of a model trained with the asymmetric loss, in closed form.
 
-The expected loss of a label that is positive with probability pi is stationary where pi a G+ = (1 - pi)(1 - a) G-. G+ and
-G- are the gradient magnitudes of :mod:`mmasl.ops.torch_impl`. In log space:
+The expected loss of a label that is positive with probability pi is stationary where pi a G+ = (1 - pi)(1 - a) G-. G+
+and G- are the gradient magnitudes of :mod:`mmasl.ops.torch_impl`. In log space:
 
     log pi / (1 - pi) = g- log p_m + log p - log(1 - p_m) - g+ log(1 - p) + log (1 - a) / a
                         + log(1 + g- B(-log(1 - p_m))) - log(1 + g+ B(-log p)),    B(x) = x / (e^x - 1)
 
 The second line is 0 where the focusing weight is held constant. The log odds increase strictly in p > m, for all
-parameters: G+ and G- are p (1 - p) times functions that rise with 1 - p and p_m, since w^g * -log(1 - w) is a power series
-of positive coefficients.
+parameters: G+ and G- are p (1 - p) times functions that rise with 1 - p and p_m, since w^g * -log(1 - w) is a power
+series of positive coefficients.
 """
 import math
 
@@ -34,8 +34,8 @@ def posterior(logits: Tensor,
               detach_focusing: bool = False) -> Tensor:
     """Probability that a label is positive, for the logits of a model that minimises the asymmetric loss.
 
-    It rises with the logit, is 0 for p < m, and stays below :func:`posterior_upper_bound`. Rank on the logits, because all
-    labels below the margin tie at 0. For focal loss it is the transformation of Charoenphakdee et al. (CVPR 2021,
+    It rises with the logit, is 0 for p < m, and stays below :func:`posterior_upper_bound`. Rank on the logits, because
+    all labels below the margin tie at 0. For focal loss it is the transformation of Charoenphakdee et al. (CVPR 2021,
     arXiv 2011.09172).
 
     Args:
@@ -136,8 +136,8 @@ def posterior_threshold(value: float | Tensor = 0.5,
         gamma_pos, gamma_neg, clip, alpha, detach_focusing: See :func:`posterior`.
 
     Returns:
-        float64 logits of the broadcast shape, () or (C,) for a single ``value``; inf for values that no logit reaches (at
-        or above :func:`posterior_upper_bound`), and -inf for 0. Their sigmoid is the threshold of p.
+        float64 logits of the broadcast shape, () or (C,) for a single ``value``; inf for values that no logit reaches
+        (at or above :func:`posterior_upper_bound`), and -inf for 0. Their sigmoid is the threshold of p.
 
     Raises:
         ValueError: ``value`` is outside [0, 1], or ``alpha`` is 0 or 1.

@@ -1,5 +1,5 @@
-"""The asymmetric losses as differentiable functions: arguments, checks, autograd, and the choice of an implementation."""
-from collections.abc import Iterator
+"""The asymmetric losses as differentiable functions: arguments, checks, autograd, choice of an implementation."""
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ except ImportError as error:
 Parameter = float | Tensor
 REDUCTIONS = ('none', 'sum')
 IMPLEMENTATIONS = ('triton', 'inductor', 'eager')
-_asked: str | None = None
+_asked: dict[str, str | None] = {'implementation': None}  # by use_implementation
 # Not in torch 2.4 and 2.5: there the gradient is never scaled in place.
 _graph_is_kept = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', lambda: True)
 
@@ -37,14 +37,13 @@ def use_implementation(name: str) -> Iterator[None]:
         ConfigError: ``name`` is unknown.
         UnavailableError: A loss inside the block cannot run with it.
     """
-    global _asked
     if name not in IMPLEMENTATIONS:
         raise ConfigError(f'implementation {name!r} is unknown. Use one of {", ".join(IMPLEMENTATIONS)}')
-    before, _asked = _asked, name
+    before, _asked['implementation'] = _asked['implementation'], name
     try:
         yield
     finally:
-        _asked = before
+        _asked['implementation'] = before
 
 
 def pick_implementation(logits: Tensor) -> str:
@@ -54,23 +53,56 @@ def pick_implementation(logits: Tensor) -> str:
         UnavailableError: The implementation asked for cannot run; the message says why.
     """
     on_cpu = logits.device.type == 'cpu'
-    if _asked is None:
+    asked = _asked['implementation']
+    if asked is None:
         if logits.is_cuda and not _kernel_unavailable(logits):
             return 'triton'
         large = on_cpu and logits.numel() >= torch_impl.LARGE
         return 'inductor' if large and not torch_impl.unavailable_reason() else 'eager'
     reason = ''
-    if _asked == 'triton':
+    if asked == 'triton':
         reason = _kernel_unavailable(logits)
-    elif _asked == 'inductor':
-        reason = torch_impl.unavailable_reason() if on_cpu else f'it is for the CPU, and the logits are on {logits.device}'
+    elif asked == 'inductor':
+        reason = (torch_impl.unavailable_reason() if on_cpu else
+                  f'it is for the CPU, and the logits are on {logits.device}')
     if reason:
-        raise UnavailableError(f'use_implementation({_asked!r}) is not possible: {reason}')
-    return _asked
+        raise UnavailableError(f'use_implementation({asked!r}) is not possible: {reason}')
+    return asked
 
 
 def _kernel_unavailable(logits: Tensor) -> str:
     return _no_triton if triton_impl is None else triton_impl.unavailable_reason(logits)
+
+
+class _Differentiable:
+    """A differentiable function in the three forms that PyTorch has.
+
+    A custom operator is one node of a compiled graph. A Function with ``setup_context`` works under torch.func, and one
+    without costs 50 microseconds less per call.
+
+    Args:
+        name: Of the operator, in the namespace ``mmasl``.
+        forward, setup_context, backward: As :class:`torch.autograd.Function` has them.
+    """
+
+    def __init__(self, name: str, forward: Callable, setup_context: Callable, backward: Callable) -> None:
+        def forward_with_context(ctx: Any, *inputs: Any) -> Any:
+            output = forward(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        self.operator = torch.library.custom_op(f'mmasl::{name}', forward, mutates_args=())
+        self.operator.register_autograd(backward, setup_context=setup_context)
+        self.plain, self.transformable = (
+            type(name, (torch.autograd.Function, ), {key: staticmethod(value) for key, value in functions.items()})
+            for functions in (dict(forward=forward_with_context, backward=backward),
+                              dict(forward=forward, setup_context=setup_context, backward=backward)))
+        self.transformable.generate_vmap_rule = True
+
+    def __call__(self, *inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.operator(*inputs)
+        return (self.transformable if torch_impl.transformed() else self.plain).apply(*inputs)
 
 
 def asymmetric_loss(logits: Tensor,
@@ -88,24 +120,26 @@ def asymmetric_loss(logits: Tensor,
                     return_sums: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Asymmetric loss, Eq. 7 of arXiv 2009.14119 with Eq. 2 and 5; the gradient is Eq. 8.
 
-    The arithmetic is float32 for half-precision logits and float64 for float64. With ``reduction='sum'`` the forward pass
-    computes the gradient and keeps that one tensor, in the logits' shape and dtype. Elementwise and float16 losses compute
-    the gradient in the backward pass. A second derivative raises an error.
+    The arithmetic is float32 for half-precision logits and float64 for float64. With ``reduction='sum'`` the forward
+    pass computes the gradient and keeps that one tensor, in the logits' shape and dtype. Elementwise and float16 losses
+    compute the gradient in the backward pass. A second derivative raises an error.
 
     Args:
-        logits: (..., C), floating point, any finite value. The Triton kernel reads a permuted channels-first map in place.
+        logits: (..., C), floating point, any finite value. The Triton kernel reads a permuted channels-first map in
+            place.
         target: One of three forms.
 
             - dense, the shape of ``logits``: labels in [0, 1], of any dtype. A soft label y counts as y positives and
               1 - y negatives (Eq. 2).
-            - labels, integers of shape ``logits.shape[:-1]``: the positive class of each row, or C for none (background).
+            - labels, integers of shape ``logits.shape[:-1]``: the positive class of each row, or C for none
+                (background).
             - a pair (labels, quality): labels as above, and the soft label, in [0, 1], of the labelled class.
         gamma_pos: Focusing parameter g+ >= 0 of positives: a number, or a tensor of shape () or (C,).
         gamma_neg: Focusing parameter g- >= 0 of negatives, likewise.
         clip: Probability margin m in [0, 1), likewise.
         alpha: Weight of positives in [0, 1]; negatives get 1 - alpha. None for no weights.
-        detach_focusing: Hold the focusing weights constant in the gradient, as the official training script does, instead
-            of Eq. 8. The value is the same.
+        detach_focusing: Hold the focusing weights constant in the gradient, as the official training script does,
+            instead of Eq. 8. The value is the same.
         ignore_index: Target value (or label) whose elements (or rows) have no loss and no gradient.
         weight: Factor of loss and gradient, in a shape that broadcasts to that of ``logits``.
         scale: Factor of the result, a number or a tensor of shape (). A factor of the result afterwards would cost one
@@ -114,13 +148,14 @@ def asymmetric_loss(logits: Tensor,
         return_sums: Also return the sums behind the probability gap (Eq. 9-10), a by-product of the loss.
 
     Returns:
-        Loss of the logits' shape ('none') or of shape () ('sum'), in float64 for float64 logits and in float32 otherwise.
-        With ``return_sums`` also four sums per class, (4, C) in that dtype: over the positives of p and of 1, over the
-        negatives of 1 - p and of 1. Elements that are ignored or have weight 0 do not count; other weights do not matter.
+        Loss of the logits' shape ('none') or of shape () ('sum'), in float64 for float64 logits and in float32
+        otherwise. With ``return_sums`` also four sums per class, (4, C) in that dtype: over the positives of p and of
+        1, over the negatives of 1 - p and of 1. Elements that are ignored or have weight 0 do not count; other weights
+        do not matter.
 
     Raises:
-        ValueError: A shape does not fit, or a target is out of range. On an accelerator, in a compiled graph of the kernel,
-            and under torch.func transforms the values are not checked, and an out-of-range target gives NaN.
+        ValueError: A shape does not fit, or a target is out of range. On an accelerator, in a compiled graph of the
+            kernel, and under torch.func transforms the values are not checked, and an out-of-range target gives NaN.
         TypeError: Integer logits, or labels that are not integers.
         UnavailableError: The implementation of :func:`use_implementation` cannot run.
     """
@@ -140,16 +175,13 @@ def asymmetric_loss(logits: Tensor,
                         f'{tuple(logits.shape)}')
     if isinstance(scale, Tensor) and scale.dim():
         raise DataError(f'scale of shape {tuple(scale.shape)} must be a number, or a tensor of shape ()')
-    implementation = pick_implementation(logits)
-    # A compiled graph holds one node; elsewhere a Function costs less per call and works under torch.func.
-    call = torch.ops.mmasl.asymmetric_loss if torch.compiler.is_compiling() else _AsymmetricLoss.apply
-    loss, _, sums = call(
+    loss, _, sums = _asymmetric_loss(
         logits, target, None if quality is None else quality.detach(), weight,
         as_parameter(gamma_pos, logits, 'gamma_pos'), as_parameter(gamma_neg, logits, 'gamma_neg'),
         as_parameter(clip, logits, 'clip'),
         None if not isinstance(scale, Tensor) and scale == 1 else as_parameter(scale, logits, 'scale'), alpha,
-        detach_focusing, ignore_index, reduction, implementation, torch.is_grad_enabled() and logits.requires_grad,
-        return_sums)
+        detach_focusing, ignore_index, reduction, 'eager' if torch_impl.transformed() else pick_implementation(logits),
+        torch.is_grad_enabled() and logits.requires_grad, return_sums)
     return (loss, sums) if return_sums else loss
 
 
@@ -159,15 +191,15 @@ def as_parameter(value: Parameter, logits: Tensor, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=dtype, device=logits.device)
     if value.dim() > 1 or (value.dim() == 1 and (not logits.dim() or len(value) != logits.shape[-1])):
-        raise DataError(f'{name} of shape {tuple(value.shape)} does not fit logits of shape {tuple(logits.shape)}: give a '
-                        'number or one value per class')
+        raise DataError(f'{name} of shape {tuple(value.shape)} does not fit logits of shape {tuple(logits.shape)}: '
+                        'give a number or one value per class')
     return value.to(logits.device, dtype)
 
 
 def _check_labels(labels: Tensor, quality: Tensor | None, logits: Tensor) -> None:
     if not logits.dim() or labels.shape != logits.shape[:-1]:
-        raise DataError(f'target of shape {tuple(labels.shape)} does not fit logits of shape {tuple(logits.shape)}: give '
-                        'dense targets of the same shape, or one integer label a row')
+        raise DataError(f'target of shape {tuple(labels.shape)} does not fit logits of shape {tuple(logits.shape)}: '
+                        'give dense targets of the same shape, or one integer label a row')
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f'labels of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)} must be '
                         f'integers, got {labels.dtype}')
@@ -231,21 +263,16 @@ def _gradient(upstream: Tensor, logits: Tensor, target: Tensor, quality: Tensor 
     return grad
 
 
-class _AsymmetricLoss(torch.autograd.Function):
-    generate_vmap_rule = True
-    forward, setup_context, backward = map(staticmethod, (_forward, _setup_context, _backward))  # type: ignore[assignment]
-
-
-_operator = torch.library.custom_op('mmasl::asymmetric_loss', _forward, mutates_args=())
-_operator.register_autograd(_backward, setup_context=_setup_context)
+_asymmetric_loss = _Differentiable('asymmetric_loss', _forward, _setup_context, _backward)
 _backward_operator = torch.library.custom_op('mmasl::asymmetric_loss_backward', _gradient, mutates_args=())
 
 
 def _like(logits: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:
-    return triton_impl.like(logits, dtype) if implementation == 'triton' else logits.new_empty(logits.shape, dtype=dtype)
+    return (triton_impl.like(logits, dtype) if implementation == 'triton' else
+            logits.new_empty(logits.shape, dtype=dtype))
 
 
-@_operator.register_fake
+@_asymmetric_loss.operator.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     gamma_neg, reduction, implementation, need_grad, need_sums = arguments[4], *arguments[-4:]
     return (_like(logits, gamma_neg.dtype, implementation) if reduction == 'none' else gamma_neg.new_empty(()),
@@ -263,7 +290,7 @@ def scale_gradient(grad: Tensor, upstream: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or type(grad) is not Tensor or torch_impl.transformed() or _graph_is_kept():
         return grad * upstream.to(grad.dtype)
     grad = grad.detach()
-    if grad.device.type == 'cpu' and not upstream.dim() and upstream == 1:
+    if grad.device.type == 'cpu' and not upstream.dim() and upstream.item() == 1:
         return grad
     if triton_impl is not None and not upstream.dim() and not triton_impl.unavailable_reason(grad):
         return triton_impl.scale_(grad, upstream)
@@ -283,10 +310,10 @@ def asymmetric_softmax_loss(logits: Tensor,
 
         L = -(1 - s + s / C) (1 - p_y)^g+ log p_y - (s / C) sum over c != y of p_c^g- log p_c
 
-    For s = 0 ``gamma_neg`` has no effect, and with g+ = 0 the loss is cross-entropy. For g+ = g- = 0 it is cross-entropy
-    with label smoothing. For g- > 0 the smoothing lowers p_c where p_c < exp(-1 / g-), 0.78 for g- = 4, since the gradient
-    passes through the focusing weights. :func:`asymmetric_loss` differs: there classes do not compete, a negative has
-    log(1 - p_c), and there is a margin.
+    For s = 0 ``gamma_neg`` has no effect, and with g+ = 0 the loss is cross-entropy. For g+ = g- = 0 it is
+    cross-entropy with label smoothing. For g- > 0 the smoothing lowers p_c where p_c < exp(-1 / g-), 0.78 for g- = 4,
+    since the gradient passes through the focusing weights. :func:`asymmetric_loss` differs: there classes do not
+    compete, a negative has log(1 - p_c), and there is a margin.
 
     Args:
         logits: (..., C), floating point, C >= 2, any finite value.
@@ -297,36 +324,35 @@ def asymmetric_softmax_loss(logits: Tensor,
         ignore_index: Label of samples that have no loss and no gradient.
 
     Returns:
-        Loss (...), in float64 for float64 logits and in float32 otherwise. The forward pass computes the gradient and keeps
-        it in the logits' dtype, or in float32 for float16. A second derivative raises an error.
+        Loss (...), in float64 for float64 logits and in float32 otherwise. The forward pass computes the gradient and
+        keeps it in the logits' dtype, or in float32 for float16. A second derivative raises an error.
 
     Raises:
-        ValueError: A shape does not fit, or a label is out of range; as in :func:`asymmetric_loss`, the latter gives NaN
-            on an accelerator.
+        ValueError: A shape does not fit, or a label is out of range; as in :func:`asymmetric_loss`, the latter gives
+            NaN on an accelerator.
         TypeError: Integer logits, or labels that are not integers.
     """
     if not logits.is_floating_point():
         raise TypeError(f'logits must be floating point, got {logits.dtype}')
     if not logits.dim() or labels.shape != logits.shape[:-1]:
-        raise DataError(f'labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: give one '
-                        'integer label a row, and no Mixup, CutMix or one-hot targets')
+        raise DataError(f'labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: give '
+                        'one integer label a row, and no Mixup, CutMix or one-hot targets')
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f'labels must be integers, got {labels.dtype}')
     if logits.shape[-1] < 2:
-        raise DataError(f'logits of shape {tuple(logits.shape)} have {logits.shape[-1]} class: a softmax needs two or more. '
-                        'Use mmasl.AsymmetricLoss for a single logit')
+        raise DataError(f'logits of shape {tuple(logits.shape)} have {logits.shape[-1]} class: a softmax needs two or '
+                        'more. Use mmasl.AsymmetricLoss for a single logit')
     compile = logits.device.type == 'cpu' and pick_implementation(logits) == 'inductor'
-    call = torch.ops.mmasl.asymmetric_softmax_loss if torch.compiler.is_compiling() else _AsymmetricSoftmaxLoss.apply
-    return call(logits, labels, float(gamma_pos), float(gamma_neg), float(smoothing), ignore_index, compile,
-                torch.is_grad_enabled() and logits.requires_grad)[0]
+    return _asymmetric_softmax_loss(logits, labels, float(gamma_pos), float(gamma_neg), float(smoothing), ignore_index,
+                                    compile, torch.is_grad_enabled() and logits.requires_grad)[0]
 
 
 def _softmax_forward(logits: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
                      ignore_index: int | None, compile: bool, need_grad: bool) -> tuple[Tensor, Tensor]:
     """Loss of each sample, and the gradient of their sum or an empty tensor."""
     loss, grad = torch_impl.run_softmax(
-        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), gamma_pos, gamma_neg, smoothing, ignore_index, need_grad,
-        _kept_dtype(logits), compile)
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), gamma_pos, gamma_neg, smoothing, ignore_index,
+        need_grad, _kept_dtype(logits), compile)
     return loss.reshape(labels.shape), logits.new_empty(0) if grad is None else grad.reshape(logits.shape)
 
 
@@ -349,17 +375,11 @@ def _softmax_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tenso
     return grad, *(None, ) * 7
 
 
-class _AsymmetricSoftmaxLoss(torch.autograd.Function):
-    generate_vmap_rule = True
-    forward, setup_context, backward = map(  # type: ignore[assignment]
-        staticmethod, (_softmax_forward, _softmax_setup_context, _softmax_backward))
+_asymmetric_softmax_loss = _Differentiable('asymmetric_softmax_loss', _softmax_forward, _softmax_setup_context,
+                                           _softmax_backward)
 
 
-_softmax_operator = torch.library.custom_op('mmasl::asymmetric_softmax_loss', _softmax_forward, mutates_args=())
-_softmax_operator.register_autograd(_softmax_backward, setup_context=_softmax_setup_context)
-
-
-@_softmax_operator.register_fake
+@_asymmetric_softmax_loss.operator.register_fake
 def _(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     loss = logits.new_empty(labels.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
     return loss, logits.new_empty(logits.shape, dtype=_kept_dtype(logits)) if arguments[-1] else logits.new_empty(0)

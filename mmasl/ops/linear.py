@@ -1,6 +1,7 @@
 """A linear classifier and its asymmetric loss in one, a chunk of classes at a time, for more classes than fit.
 
-The loss is a sum over classes, and so is the gradient of the features. Each chunk computes its logits, their gradient and
+The loss is a sum over classes, and so is the gradient of the features. Each chunk computes its logits, their gradient
+and
 the products with it, and is freed: no tensor of N rows and C columns exists. The forward pass makes all gradients; the
 backward pass scales them.
 """
@@ -35,21 +36,22 @@ def linear_asymmetric_loss(features: Tensor,
                            return_sums: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """``scale * asymmetric_loss(F.linear(features, weight, bias), target, ...).sum()`` without the (N, C) logits.
 
-    Value and gradients differ by rounding only. Beside the gradients of the parameters the function needs memory for one
-    chunk and one gradient of the features. docs/speed.md has time and memory for 100,000 classes.
+    Value and gradients differ by rounding only. Beside the gradients of the parameters the function needs memory for
+    one chunk and one gradient of the features. docs/speed.md has time and memory for 100,000 classes.
 
-    Under autocast the products are in its dtype, as those of ``F.linear``. The gradient of the features is summed in float32
-    (float64 for float64), and small float16 gradients do not underflow before the loss scale reaches them. Float16
-    parameters keep their gradient in float16 and have no such protection: keep the parameters in float32. A compiled graph
-    breaks here. A second derivative raises an error.
+    Under autocast the products are in its dtype, as those of ``F.linear``. The gradient of the features is summed in
+    float32 (float64 for float64), and small float16 gradients do not underflow before the loss scale reaches them.
+    Float16
+    parameters keep their gradient in float16 and have no such protection: keep the parameters in float32. A compiled
+    graph breaks here. A second derivative raises an error.
 
     Args:
         features: (N, D), floating point.
         weight: (C, D) of the classifier.
         bias: (C,), or None.
-        target: (N, C), dense of any dtype, or sparse: ``torch.sparse_coo_tensor(indices (2, P), values (P,), (N, C))`` or
-            another sparse layout. Sparse values are hard or soft labels (or ``ignore_index``), each entry appears once, and
-            all other labels are 0.
+        target: (N, C), dense of any dtype, or sparse: ``torch.sparse_coo_tensor(indices (2, P), values (P,), (N, C))``
+            or another sparse layout. Sparse values are hard or soft labels (or ``ignore_index``), each entry appears
+            once, and all other labels are 0.
         gamma_pos, gamma_neg, clip: A number, or a tensor of shape () or (C,); see :func:`mmasl.ops.asymmetric_loss`.
         alpha, detach_focusing, ignore_index: See :func:`mmasl.ops.asymmetric_loss`.
         scale: Factor of the loss, a number or a tensor of shape ().
@@ -133,8 +135,8 @@ def _add_gradients(x: Tensor, weight: Tensor, grad: Tensor, grad_features: Tenso
         if grad_weight is not None:
             torch.mm(grad.T, x, out=grad_weight)
         return
-    # The loss scale comes in the backward pass. Until then float16 holds the gradient relative to its largest element, a
-    # (1, 1) tensor, since a product with a scalar tensor would stay float16.
+    # The loss scale comes in the backward pass. Until then float16 holds the gradient relative to its largest element,
+    # a (1, 1) tensor, since a product with a scalar tensor would stay float16.
     unit: Tensor | float = 1.
     if x.dtype == torch.float16 and grad.numel():
         unit = grad.abs().amax((0, 1), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
@@ -155,8 +157,8 @@ def _check(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
     shape = num_rows, num_classes = len(features), len(weight)
     if not isinstance(target, Tensor) or target.shape != shape:
         given = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
-        raise DataError(f'target {given} does not fit {num_rows} rows and {num_classes} classes: give a dense or sparse '
-                        f'tensor {shape}')
+        raise DataError(f'target {given} does not fit {num_rows} rows and {num_classes} classes: give a dense or '
+                        f'sparse tensor {shape}')
     for name, value in dict(bias=bias, **parameters).items():
         allowed = [()] if name == 'scale' else [(num_classes, )] if name == 'bias' else [(), (num_classes, )]
         if isinstance(value, Tensor) and value.shape not in allowed:

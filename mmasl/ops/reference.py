@@ -1,4 +1,5 @@
-"""The equations of ASL (arXiv 2009.14119) as printed, in float64 and by autograd; the tests compare the operator with them.
+"""The equations of ASL (arXiv 2009.14119) as printed, in float64 and by autograd; the tests compare the operator with
+them.
 
 They are slow, and exact only for |logit| <= 30, where float64 still distinguishes 1 - p from 0.
 """

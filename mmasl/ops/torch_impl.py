@@ -22,6 +22,9 @@ from mmasl.errors import DataError
 LARGE = 2**20  # elements; from here on a compilation of half a minute pays
 BLOCK = {'cpu': 2**17}  # elements; on the CPU the temporaries of a block stay in the cache
 ACCELERATOR_BLOCK = 2**26  # bounds the memory of temporaries
+# Constants as tensors, since PyTorch converts a Python number at each call, for twice the time of the operation.
+ONE = {dtype: torch.ones((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
+TINY = {dtype: torch.full((), torch.finfo(dtype).tiny, dtype=dtype) for dtype in ONE}
 Result = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -51,24 +54,28 @@ class Problem(NamedTuple):
     reduction: str
 
 
-def negative_part(x: Tensor, gamma: Tensor, clip: Tensor | float, detach: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def negative_part(x: Tensor, gamma: Tensor, clip: Tensor | float,
+                  detach: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-L- and its derivative by the logit ``x``, for any finite ``x``, with p and q = 1 - p.
 
-    p, q and p_m are kept at or above the smallest normal number, so that no power or quotient is infinite.
+    At 128 x 80 call overhead dominates, so every operation counts, and comparisons most.
     """
     tiny = torch.finfo(x.dtype).tiny
-    p, q = x.sigmoid(), x.neg().sigmoid_().clamp_min_(tiny)
-    p_m = p - clip
-    below = p_m < 0
-    p_m.clamp_min_(tiny)
-    # -log(1 - p_m) = log(1 + p_m / (1 - p_m)), to rounding for small and for large p_m; 1 - p_m = q + m.
+    p, q = x.sigmoid(), x.neg().sigmoid_()
+    # 0 below the margin and not at it: there the gradient is that of the side p > m.
+    p_m = (p - clip).add_(TINY[x.dtype]).clamp_min_(0)
+    # -log(1 - p_m) = log(1 + p_m / (1 - p_m)), accurate for small and for large p_m; 1 - p_m = q + m. Without a margin
+    # q underflows for large x, where -log q is x to rounding.
     odds = p_m / (q + clip)
-    log_term = odds.log1p()
-    focus = p_m.log().mul_(gamma).exp_().masked_fill_(below, 0)
+    log_term = odds.log1p().minimum(x.clamp_min(40))
+    # Above 0, p_m has a finite logarithm. The gradient is (odds + gamma log_term) / p_m * p_m^gamma * p * q, and where
+    # q underflows the product of its first and last factor is 1.
+    p_m = p_m.clamp_min_(tiny)
+    q.clamp_min_(tiny)
+    focus = p_m.log().mul_(gamma).exp_()
     grad = odds if detach else torch.addcmul(odds, gamma, log_term)
-    grad = grad.div(p_m).mul_(focus).mul_(p).mul_(q)
-    # Without a margin q underflows for large x, where -log q is x.
-    return torch.where(odds > 0.25 / tiny, x, log_term).mul_(focus), grad, p, q
+    grad = grad.clamp_max_(1 / tiny).div_(p_m).mul_(focus).mul_(p).mul_(q)
+    return log_term.mul_(focus), grad, p, q
 
 
 def formula(problem: Problem, need_loss: bool, need_grad: bool, need_sums: bool, upstream: Tensor | None = None,
@@ -79,13 +86,13 @@ def formula(problem: Problem, need_loss: bool, need_grad: bool, need_sums: bool,
         problem: Logits (N, C), target (N, C) or (N,), quality (N,), weight (N, C).
         need_loss, need_grad, need_sums: What to compute.
         upstream: Factor of the gradient, () or (N, C).
-        soft: Whether targets may lie between 0 and 1. A target out of range, or a soft one where hard ones are promised,
-            gives NaN. None: look at the values, and raise for one out of range.
+        soft: Whether targets may lie between 0 and 1. A target out of range, or a soft one where hard ones are
+            promised, gives NaN. None: look at the values, and raise for one out of range.
         first_row: Number of the first row in error messages.
     """
-    z = problem.logits.detach().to(problem.gamma_neg.dtype)
+    z = problem.logits.to(problem.gamma_neg.dtype)
     y, ignored, soft = _read_target(problem, soft, first_row)
-    not_y, alpha, weight = 1 - y, problem.alpha, problem.weight
+    not_y, alpha, weight = ONE[z.dtype] - y, problem.alpha, problem.weight
     if soft:
         loss, grad, p, q = negative_part(z, problem.gamma_neg, problem.clip, problem.detach_focusing)
         pos_loss, pos_grad, _, _ = negative_part(-z, problem.gamma_pos, 0., problem.detach_focusing)
@@ -130,7 +137,8 @@ def _read_target(problem: Problem, soft: bool | None, first_row: int) -> tuple[T
         known = (y >= 0) & (y <= 1) if soft else (y == 0) | (y == 1)
         return torch.where(known, y, torch.nan), ignored, bool(soft)
     if look:
-        check_range(y, ignored, classes, 'label', f'0 to {classes - 1} for a class, {classes} for background', first_row)
+        check_range(y, ignored, classes, 'label', f'0 to {classes - 1} for a class, {classes} for background',
+                    first_row)
     known = (y >= 0) & (y <= classes)
     y = (y.unsqueeze(-1) == torch.arange(classes, device=y.device)).to(dtype)
     if (quality := problem.quality) is not None:
@@ -168,8 +176,8 @@ def _probability_sums(y: Tensor, not_y: Tensor, p_pos: Tensor, p_neg: Tensor, we
 def saturate(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient in the logits' dtype.
 
-    float16 ends at 65504, so a loss scale of 65536 would turn a gradient of 1 into inf. Up to twice its end it saturates
-    instead; a larger one overflows, and GradScaler sees it.
+    float16 ends at 65504, so a loss scale of 65536 would turn a gradient of 1 into inf. Up to twice its end it
+    saturates instead; a larger one overflows, and GradScaler sees it.
     """
     if dtype == torch.float16:
         top = torch.finfo(dtype).max
@@ -207,6 +215,8 @@ def run(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_s
     parts = blocks(rows.logits)
     if len(parts) == 1:
         loss, grad, sums = formula(rows, need_loss, need_grad, need_sums, upstream, soft)
+        if len(shape) == 2:
+            return loss, grad, sums
     else:
         grad = torch.empty_like(rows.logits, memory_format=torch.contiguous_format) if need_grad else None
         losses, all_sums = [], []
@@ -220,7 +230,8 @@ def run(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_s
             all_sums.append(sums)
             if grad is not None:
                 grad[part] = block_grad
-        loss = None if not need_loss else torch.cat(losses) if problem.reduction == 'none' else torch.stack(losses).sum()
+        loss = (None if not need_loss else
+                torch.cat(losses) if problem.reduction == 'none' else torch.stack(losses).sum())
         sums = torch.stack(all_sums).sum(0) if need_sums else None
     if loss is not None and problem.reduction == 'none':
         loss = loss.reshape(shape)
@@ -270,7 +281,7 @@ def run_compiled(problem: Problem, need_loss: bool = True, need_grad: bool = Tru
     arguments = need_loss, need_grad, need_sums
     if not problem.logits.numel():
         return run(problem, *arguments, upstream)
-    shape = problem.logits.shape
+    problem, shape = problem._replace(logits=problem.logits.detach()), problem.logits.shape
     rows, row_upstream = _as_rows(problem, upstream)
     target, labels = rows.target, rows.target.dim() == 1
     # Guessed from the first row, since hard targets take half the time; a wrong guess gives NaN.

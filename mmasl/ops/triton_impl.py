@@ -1,8 +1,9 @@
 """The loss, its gradient and the probability sums in one Triton kernel, which reads the logits once.
 
-A program handles a tile of rows and classes. A reduction writes one number per tile or class, and a second, short sum adds
-them in a fixed order: without atomics results are deterministic. The kernel reads all parameters from memory, so changing
-one does not recompile it.
+A program handles a tile of rows and classes. A reduction writes one number per tile or class, and a second, short sum
+adds
+them in a fixed order: without atomics results are deterministic. The kernel reads all parameters from memory, so
+changing one does not recompile it.
 """
 from math import prod
 
@@ -265,8 +266,9 @@ def _negative_part(z, gamma, clip, DETACH: tl.constexpr):
     return p_m * power * log_term, tl.where(p < clip, 0., slope * power * p), p, q
 
 
-# The hardware's approximations, 2 ulp and without subnormal numbers: 2e-5 relative in all, see tests/ops/test_triton_impl.py.
-# Triton's own functions, which its interpreter knows, take several times as many operations.
+# The hardware's approximations, 2 ulp and without subnormal numbers: 2e-5 relative in all, see
+# tests/ops/test_triton_impl.py. Triton's own functions, which its interpreter knows, take several times as many
+# operations.
 @triton.jit
 def _exp2(x):
     if FAST:

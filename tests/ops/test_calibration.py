@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mmasl.ops import asymmetric_loss, inverse_posterior, posterior, posterior_cap, posterior_log_odds
+from mmasl.ops import asymmetric_loss, posterior, posterior_log_odds, posterior_threshold, posterior_upper_bound
 
 # gamma_neg, clip, gamma_pos, alpha
 SETTINGS = {
@@ -89,7 +89,8 @@ def test_exact_at_any_logit(setting, detach, dtype, tolerance):
 def test_increases_with_the_logit_for_all_parameters(detach):
     logits = torch.linspace(-30, 30, 1201, dtype=torch.float64)
     for gamma_neg, clip, gamma_pos in GRID:
-        log_odds = posterior_log_odds(logits, gamma_neg, clip, detach, gamma_pos)
+        log_odds = posterior_log_odds(logits, gamma_pos=gamma_pos, gamma_neg=gamma_neg, clip=clip,
+                                      detach_focusing=detach)
         log_odds = log_odds[log_odds > -torch.inf]
         assert len(log_odds) == (logits.sigmoid() >= clip).sum()
         # It grows with e^-z toward the cap, and is constant there in float64.
@@ -102,7 +103,8 @@ def test_increases_with_the_logit_for_all_parameters(detach):
 def test_cross_entropy_needs_no_calibration():
     logits = torch.linspace(-100, 100, 2001)
     for detach in (False, True):
-        assert_close(posterior_log_odds(logits, 0., 0., detach), logits, rtol=1e-6, atol=1e-6)
+        log_odds = posterior_log_odds(logits, gamma_neg=0., clip=0., detach_focusing=detach)
+        assert_close(log_odds, logits, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize('gamma', [0.5, 1., 2., 5.])
@@ -113,22 +115,23 @@ def test_focal_loss_as_charoenphakdee_et_al(gamma):
 
     logits = torch.linspace(-15, 15, 301, dtype=torch.float64)
     p, q = logits.sigmoid(), (-logits).sigmoid()
-    assert_close(posterior(logits, gamma, 0., False, gamma), h(p) / (h(p) + h(q)), rtol=1e-8, atol=1e-12)
+    found = posterior(logits, gamma_pos=gamma, gamma_neg=gamma, clip=0.)
+    assert_close(found, h(p) / (h(p) + h(q)), rtol=1e-8, atol=1e-12)
 
 
 def test_the_official_thresholds():
     """infer.py of the official code decides at 0.7 and validate.py at 0.8: the two gradients' posterior 1/2."""
-    assert inverse_posterior(0.5, 4., 0.05, False).sigmoid().item() == pytest.approx(0.684, abs=5e-4)
-    assert inverse_posterior(0.5, 4., 0.05, True).sigmoid().item() == pytest.approx(0.799, abs=5e-4)
-    assert posterior_cap(4., 0.05, False).item() == pytest.approx(0.964, abs=5e-4)
-    assert posterior_cap(4., 0.05, True).item() == pytest.approx(0.942, abs=5e-4)
+    assert posterior_threshold(detach_focusing=False).sigmoid().item() == pytest.approx(0.684, abs=5e-4)
+    assert posterior_threshold(detach_focusing=True).sigmoid().item() == pytest.approx(0.799, abs=5e-4)
+    assert posterior_upper_bound(detach_focusing=False).item() == pytest.approx(0.964, abs=5e-4)
+    assert posterior_upper_bound(detach_focusing=True).item() == pytest.approx(0.942, abs=5e-4)
 
 
 @settings
 @detach
 def test_cap(setting, detach):
     kwargs = keywords(setting, detach)
-    cap, high = posterior_cap(**kwargs), torch.tensor([30., 1000.], dtype=torch.float64)
+    cap, high = posterior_upper_bound(**kwargs), torch.tensor([30., 1000.], dtype=torch.float64)
     assert_close(posterior(high, **kwargs)[1], cap, rtol=1e-13, atol=0)
     assert (cap < 1) == (kwargs['clip'] > 0 and kwargs['gamma_pos'] == 0)
 
@@ -137,8 +140,8 @@ def test_cap(setting, detach):
 @detach
 def test_inverse(setting, detach):
     kwargs = keywords(setting, detach)
-    cap, wanted = posterior_cap(**kwargs), torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-    logits = inverse_posterior(wanted, **kwargs)
+    cap, wanted = posterior_upper_bound(**kwargs), torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    logits = posterior_threshold(wanted, **kwargs)
     assert (logits.isposinf() == (wanted >= cap)).all()
     wanted, logits = wanted[wanted < cap], logits[wanted < cap]
     got = posterior(logits, **kwargs)
@@ -152,33 +155,37 @@ def test_inverse(setting, detach):
 def test_inverse_below_the_jump_of_a_margin_without_focusing():
     m = 0.05
     jump = m / (1 + m)
-    assert_close(inverse_posterior(torch.tensor([1e-6, jump * 0.999]), 0., m).sigmoid(), torch.full((2, ), m).double())
-    assert inverse_posterior(jump * 1.001, 0., m).sigmoid() > m
-    assert posterior(torch.tensor(m, dtype=torch.float64).logit() + 1e-9, 0., m).item() == pytest.approx(jump, rel=1e-6)
+    settings = dict(gamma_neg=0., clip=m)
+    thresholds = posterior_threshold(torch.tensor([1e-6, jump * 0.999]), **settings).sigmoid()
+    assert_close(thresholds, torch.full((2, ), m).double())
+    assert posterior_threshold(jump * 1.001, **settings).sigmoid() > m
+    above = torch.tensor(m, dtype=torch.float64).logit() + 1e-9
+    assert posterior(above, **settings).item() == pytest.approx(jump, rel=1e-6)
 
 
 def test_inverse_at_the_ends():
     ends = torch.tensor([0., 1.])
     for setting in SETTINGS.values():
-        assert inverse_posterior(ends, **keywords(setting, False)).tolist() == [-torch.inf, torch.inf]
+        assert posterior_threshold(ends, **keywords(setting, False)).tolist() == [-torch.inf, torch.inf]
     # A probability so close to an end that p rounds to 0 or 1 still has its logit.
-    tiny = inverse_posterior(1e-300, 0., 0.).item()
+    tiny = posterior_threshold(1e-300, gamma_neg=0., clip=0.).item()
     assert tiny == pytest.approx(torch.tensor(1e-300, dtype=torch.float64).log().item(), rel=1e-14)
 
 
 def test_one_parameter_a_class():
     gamma_neg, clip, gamma_pos = torch.tensor([0., 4., 2.]), torch.tensor([0.1, 0.05, 0.]), torch.tensor([0., 0.5, 1.])
     logits = torch.linspace(-4, 4, 12).view(4, 3)
-    thresholds = inverse_posterior(0.5, gamma_neg, clip, True, gamma_pos, 0.3)
-    caps = posterior_cap(gamma_neg, clip, True, gamma_pos, 0.3)
-    probabilities = posterior(logits, gamma_neg, clip, True, gamma_pos, 0.3)
-    assert thresholds.shape == caps.shape == (3, )
+    parameters = dict(gamma_pos=gamma_pos, gamma_neg=gamma_neg, clip=clip)
+    shared = dict(alpha=0.3, detach_focusing=True)
+    thresholds, bounds = posterior_threshold(**parameters, **shared), posterior_upper_bound(**parameters, **shared)
+    probabilities = posterior(logits, **parameters, **shared)
+    assert thresholds.shape == bounds.shape == (3, )
     for c in range(3):
-        own = gamma_neg[c], clip[c], True, gamma_pos[c], 0.3
-        assert_close(probabilities[:, c], posterior(logits[:, c], *own), rtol=0, atol=0)
-        assert_close(thresholds[c], inverse_posterior(0.5, *own), rtol=0, atol=0)
-        assert_close(caps[c], posterior_cap(*own), rtol=0, atol=0)
-    table = inverse_posterior(torch.tensor([[0.2], [0.5]]), gamma_neg, clip, True, gamma_pos, 0.3)
+        own = {name: value[c] for name, value in parameters.items()} | shared
+        assert_close(probabilities[:, c], posterior(logits[:, c], **own), rtol=0, atol=0)
+        assert_close(thresholds[c], posterior_threshold(**own), rtol=0, atol=0)
+        assert_close(bounds[c], posterior_upper_bound(**own), rtol=0, atol=0)
+    table = posterior_threshold(torch.tensor([[0.2], [0.5]]), **parameters, **shared)
     assert table.shape == (2, 3)
     assert_close(table[1], thresholds, rtol=0, atol=0)
 
@@ -193,9 +200,9 @@ def test_refusals():
         posterior(logits.long())
     with pytest.raises(ValueError, match=r'gamma_neg of shape \(2,\) does not fit logits of shape \(2, 3\)'):
         posterior(logits, gamma_neg=torch.ones(2))
-    for function in (lambda alpha: posterior(logits, alpha=alpha), lambda alpha: posterior_cap(alpha=alpha)):
+    for function in (lambda alpha: posterior(logits, alpha=alpha), lambda alpha: posterior_upper_bound(alpha=alpha)):
         for alpha in (0., 1.):
             with pytest.raises(ValueError, match=f'alpha={alpha} leaves one kind of label without weight'):
                 function(alpha)
     with pytest.raises(ValueError, match=r'value=\[0.5, 70.0\] must be a probability'):
-        inverse_posterior(torch.tensor([0.5, 70.]))
+        posterior_threshold(torch.tensor([0.5, 70.]))

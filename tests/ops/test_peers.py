@@ -29,7 +29,8 @@ def ours(gamma_pos, gamma_neg, clip, **kwargs):
 
 
 def equations(*setting, **kwargs):
-    return lambda logits, target: reference(logits, target, *setting, **kwargs).sum()
+    named = dict(zip(('gamma_pos', 'gamma_neg', 'clip'), setting), **kwargs)
+    return lambda logits, target: reference(logits, target, **named).sum()
 
 
 def with_grad(loss, logits, target):

@@ -118,7 +118,7 @@ def test_holding_the_focusing_weight_only_lowers_the_gradient(z, setting):
 @given(gammas, st.floats(1e-3, 0.9))
 def test_negatives_are_bounded_by_the_margin(gamma, clip):
     z = torch.tensor([-1e4, math.log(clip / (1 - clip)) - 1e-3, 0., 20., 1e4], dtype=torch.float64)
-    loss, grad = value_and_grad(asymmetric_loss, z, torch.zeros(5), 0., gamma, clip)
+    loss, grad = value_and_grad(asymmetric_loss, z, torch.zeros(5), gamma_neg=gamma, clip=clip)
     assert (loss <= (1 - clip)**gamma * -math.log(clip) * (1 + 1e-12)).all()
     assert not loss[:2].any() and not grad[:2].any()
 
@@ -134,7 +134,8 @@ def test_negatives_are_bounded_by_the_margin(gamma, clip):
 def test_gradient_of_hard_negatives_falls_again(gamma, clip, detach):
     assume(gamma < 20)  # with 100, p_m^gamma is 0 nearly everywhere
     z = torch.linspace(-10, 40, 2001, dtype=torch.float64)
-    grad = value_and_grad(asymmetric_loss, z, torch.zeros_like(z), 0., gamma, clip, detach_focusing=detach)[1]
+    grad = value_and_grad(asymmetric_loss, z, torch.zeros_like(z), gamma_neg=gamma, clip=clip,
+                          detach_focusing=detach)[1]
     peak = grad.argmax()
     assert 0 < peak < 2000 and grad[0] == 0 and grad[-1] < 1e-3 * grad[peak]
     assert (grad[peak:].diff() <= 1e-12).all()
@@ -143,14 +144,14 @@ def test_gradient_of_hard_negatives_falls_again(gamma, clip, detach):
 @examples(50)
 @given(gammas, gammas, st.floats(0.01, 0.99))
 def test_soft_labels_have_their_lowest_loss_between(gamma_pos, gamma_neg, y):
-    loss = asymmetric_loss(torch.tensor([-1e4, 0., 1e4], dtype=torch.float64), torch.full((3, ), y), gamma_pos,
-                           gamma_neg, 0.)
+    loss = asymmetric_loss(torch.tensor([-1e4, 0., 1e4], dtype=torch.float64), torch.full((3, ), y),
+                           gamma_pos=gamma_pos, gamma_neg=gamma_neg, clip=0.)
     assert loss[0] > loss[1] < loss[2]
 
 
 def test_gradient_may_rise_with_gamma():
     z, zero = torch.tensor([math.log(9)], dtype=torch.float64), torch.zeros(1)  # p = 0.9
-    grads = [value_and_grad(asymmetric_loss, z, zero, 0., gamma, 0.)[1].item() for gamma in (0., 1., 100.)]
+    grads = [value_and_grad(asymmetric_loss, z, zero, gamma_neg=gamma, clip=0.)[1].item() for gamma in (0., 1., 100.)]
     assert grads[0] == pytest.approx(0.9)
     assert grads[1] == pytest.approx(0.9 * (0.9 - 0.1 * math.log(0.1)))
     assert grads[1] > grads[0] > grads[2]
@@ -258,8 +259,7 @@ def test_ten_thousand_settings_at_the_edges(dtype, detach):
                                     rng.exponential(4., (2, count)))
     clip = np.where(rng.random(count) < 0.3, rng.choice([0., 1e-40, 1e-7, 0.05, 0.5], count), rng.random(count) * 0.999)
     z = torch.tensor([*EDGES, *(-z for z in EDGES)], dtype=torch.float64).to(dtype)[:, None].expand(-1, count)
-    loss = AsymmetricLoss(gamma_pos, gamma_neg, clip, 0.25, detach_focusing=detach, ignore_index=IGNORED,
-                          implementation='eager')
+    loss = AsymmetricLoss(gamma_pos, gamma_neg, clip, 0.25, detach_focusing=detach, ignore_index=IGNORED)
     for target in (0., 1., 0.3, IGNORED):
         for reduction in ('none', 'sum', 'mean'):
             value, grad = value_and_grad(loss, z, torch.full(z.shape, target), reduction_override=reduction)

@@ -1,4 +1,4 @@
-"""The asymmetric loss as the module that configs build, called as MMDetection's and MMPretrain's heads call theirs."""
+"""The asymmetric loss as a module, with the call signature of the losses of MMDetection and MMPretrain."""
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmasl.errors import ConfigError, DataError
 from mmasl.models.losses.probability_sums import ProbabilitySums
 from mmasl.ops.functional import asymmetric_loss
 
@@ -28,45 +29,45 @@ class AsymmetricLoss(nn.Module):
     ASL, detection (alpha 0.25)   1          2          0
     ============================  =========  =========  ====
 
-    ``gamma_pos``, ``gamma_neg`` and ``clip`` live on the module as float32 tensors, outside its state dict; change them
-    in place (``loss.gamma_neg.fill_(3)``) at any step, without recompiling.
+    ``gamma_pos``, ``gamma_neg`` and ``clip`` are float32 tensors on the module, outside its state dict. Change them in
+    place (``loss.gamma_neg.fill_(3)``) at any step; a compiled model is not recompiled.
 
-    ``probability_sums`` collects what the probability gap (Eq. 9-10) is computed from while its ``enabled`` is True; see
-    :class:`mmasl.models.losses.ProbabilitySums`. :class:`mmasl.ProbabilityGapHook` reads it.
+    ``probability_sums`` is a :class:`mmasl.models.losses.ProbabilitySums`. While its ``enabled`` is True, the loss adds
+    what the probability gap (Eq. 9-10) needs in each training call. :class:`mmasl.ProbabilityGapHook` reads it.
 
-    Labels that nobody annotated, marked by ``ignore_index``, are left out unless ``weight_unannotated`` is above 0.
-    Then each is ``weight_unannotated`` negatives wherever negatives count: in the loss and its gradient, in the divisor
-    of 'mean', and in the probability gap. ``gamma_unannotated`` focuses on them separately; margin and alpha are those
-    of negatives. The two are ``alpha_unann`` and ``gamma_unann`` of the authors' loss for partial annotations
-    (Ben-Baruch et al., CVPR 2022, arXiv 2110.10955; ``partial_asymmetric_loss.py`` of PartialLabelingCSL at 210face),
-    whose selection of labels by likelihood and prior is not followed.
+    By default ``ignore_index`` marks labels to leave out. With ``weight_unannotated`` above 0 it marks labels that
+    nobody
+    annotated: each counts as ``weight_unannotated`` negatives in the loss, its gradient, the divisor of 'mean' and the
+    probability gap. ``gamma_unannotated`` is their own focusing parameter; margin and alpha are those of negatives. The
+    two are ``alpha_unann`` and ``gamma_unann`` of the loss for partial annotations (Ben-Baruch et al., CVPR 2022,
+    arXiv 2110.10955). The selection of labels by likelihood and prior of that paper is not implemented.
 
-    - The posterior in closed form (:func:`mmasl.ops.posterior`) is then the share of positives where a label without
-      annotation counts as ``weight_unannotated`` negatives; with ``gamma_unannotated`` there is none.
+    - The closed-form posterior (:func:`mmasl.posterior`) is then the share of positives in which a label without
+      annotation counts as ``weight_unannotated`` negatives. With ``gamma_unannotated`` there is no closed form.
     - :class:`mmasl.AdaptiveAsymmetryHook` moves ``gamma_neg`` alone.
-    - Batches are not to be mixed: a label that is mixed of a positive and one without annotation would be a negative.
+    - Do not mix batches: a mix of a positive and a label without annotation would become a negative.
 
     Args:
         gamma_pos: Focusing parameter of positives, >= 0: one number, or one per class. The paper uses 0 in
             classification and 1 in detection.
         gamma_neg: Focusing parameter of negatives, likewise.
-        clip: Probability margin m in [0, 1), likewise. Negatives below it have no loss and no gradient. A dense
-            detection head starts at p = 0.01, where any larger margin leaves nothing to learn from: use 0 there.
-        alpha: Positives are multiplied by alpha, negatives by 1 - alpha, as in focal loss. None for neither.
-        detach_focusing: False for the gradient of Eq. 8; True holds the focusing weight constant, as the official
+        clip: Probability margin m in [0, 1), likewise. Negatives below it have no loss and no gradient. Use 0 for
+            detection: dense heads start at p = 0.01, and negatives below the margin get no gradient.
+        alpha: Weight of positives in [0, 1]; negatives get 1 - alpha, as in focal loss. None for no weights.
+        detach_focusing: False for the gradient of Eq. 8. True holds the focusing weight constant, as the official
             training script does. The loss value is the same.
-        use_sigmoid: Must stay True: the loss is defined on independent sigmoids. Heads read it from the config.
+        use_sigmoid: Must stay True, since the loss is defined on independent sigmoids. Heads read it from the config.
         reduction: 'mean', 'sum' or 'none'. 'mean' divides the sum by ``avg_factor``, or by the number of elements that
-            are not ignored; 'sum' is the official implementation's and leaves ``avg_factor`` aside.
+            are not ignored. 'sum', the official implementation's, does not use ``avg_factor``.
         loss_weight: Factor of the result.
-        ignore_index: Target value of elements, or label of rows, to leave out, or to treat as not annotated.
-        weight_unannotated: Weight of elements marked by ``ignore_index`` as negatives, >= 0; a row that is marked by
-            its label is background. 0 leaves them out.
-        gamma_unannotated: Their focusing parameter, as ``gamma_neg``; None for that of negatives, whatever it becomes.
-        activated: The predictions are probabilities, as TOOD gives them, and not logits.
+        ignore_index: Target value of elements, or label of rows, to leave out or to treat as not annotated.
+        weight_unannotated: Weight, >= 0, of elements marked by ``ignore_index`` as negatives; a row marked by its label
+            is background. 0 leaves them out.
+        gamma_unannotated: Their focusing parameter, as ``gamma_neg``; None for the current one of negatives.
+        activated: The predictions are probabilities, as from TOOD, and not logits.
 
     Raises:
-        ValueError: A parameter is out of its range; the message names it.
+        ConfigError: A parameter is out of its range; the message names it.
     """
     gamma_pos: Tensor
     gamma_neg: Tensor
@@ -88,20 +89,20 @@ class AsymmetricLoss(nn.Module):
                  activated: bool = False) -> None:
         super().__init__()
         if use_sigmoid is not True:
-            raise ValueError(f'use_sigmoid={use_sigmoid}: AsymmetricLoss is defined on sigmoids, set use_sigmoid=True')
+            raise ConfigError(f'use_sigmoid={use_sigmoid}: AsymmetricLoss is defined on sigmoids, set use_sigmoid=True')
         if reduction not in REDUCTIONS:
-            raise ValueError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
+            raise ConfigError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
         if alpha is not None and not 0 <= alpha <= 1:
-            raise ValueError(f'alpha={alpha} must be between 0 and 1, or None')
+            raise ConfigError(f'alpha={alpha} must be between 0 and 1, or None')
         if not math.isfinite(loss_weight):
-            raise ValueError(f'loss_weight={loss_weight} must be finite')
+            raise ConfigError(f'loss_weight={loss_weight} must be finite')
         if not 0 <= weight_unannotated < math.inf:
-            raise ValueError(f'weight_unannotated={weight_unannotated} must be a number in [0, inf)')
+            raise ConfigError(f'weight_unannotated={weight_unannotated} must be a number in [0, inf)')
         if weight_unannotated and ignore_index is None:
-            raise ValueError(f'weight_unannotated={weight_unannotated} is that of labels marked by ignore_index: set '
-                             'that too, to -1 for mmasl.OpenImages')
+            raise ConfigError(f'weight_unannotated={weight_unannotated} is that of labels marked by ignore_index: set '
+                              'that too, to -1 for mmasl.OpenImages')
         if gamma_unannotated is not None and not weight_unannotated:
-            raise ValueError(f'gamma_unannotated={gamma_unannotated} has no effect on labels that are left out: set '
+            raise ConfigError(f'gamma_unannotated={gamma_unannotated} has no effect on labels that are left out: set '
                              'weight_unannotated too, to 1 for the weight of other negatives')
         self._initial: dict[str, Tensor] = {}
         for name, value, high in (('gamma_pos', gamma_pos, math.inf), ('gamma_neg', gamma_neg, math.inf),
@@ -111,7 +112,7 @@ class AsymmetricLoss(nn.Module):
                 continue
             values = torch.as_tensor(value, dtype=torch.float32, device='cpu')
             if values.dim() > 1 or not values.numel() or not ((values >= 0) & (values < high)).all():
-                raise ValueError(f'{name}={value} must be a number in [0, {high:g}), or one such number per class')
+                raise ConfigError(f'{name}={value} must be a number in [0, {high:g}), or one such number per class')
             self._initial[name] = values.clone()
             self.register_buffer(name, values.clone(), persistent=False)
         self.alpha = alpha
@@ -134,8 +135,8 @@ class AsymmetricLoss(nn.Module):
 
         Args:
             pred: (..., C) logits (probabilities with ``activated``), of any floating dtype.
-            target: Dense targets, labels with background C, or a pair (labels, quality): see
-                :func:`mmasl.ops.asymmetric_loss`.
+            target: Dense targets, labels with background C, or a pair (labels, quality); see
+                :func:`mmasl.asymmetric_loss`.
             weight: One weight per row (the shape of ``pred`` without C), per element (the shape of ``pred``, or what
                 broadcasts to it), or flat per element.
             avg_factor: Divisor of 'mean', a number or a tensor of one element, such as the number of positives.
@@ -143,24 +144,28 @@ class AsymmetricLoss(nn.Module):
 
         Returns:
             The reduced loss, of shape (); for 'none', the shape of ``pred``. float32, or float64 for float64.
+
+        Raises:
+            ConfigError: ``reduction_override`` is unknown.
+            DataError: A shape does not fit, or a target is out of range.
         """
         reduction = reduction_override or self.reduction
         if reduction not in REDUCTIONS:
-            raise ValueError(f'reduction_override={reduction!r} must be one of {REDUCTIONS}')
+            raise ConfigError(f'reduction_override={reduction!r} must be one of {REDUCTIONS}')
         if self.activated:
             pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
             pred = pred.logit(eps=torch.finfo(pred.dtype).eps)
         if weight is not None:
             weight = as_element_weight(weight, pred)
-        # PAA calls its loss for the assignment too, without a gradient.
+        # PAA also calls its loss for the assignment, without a gradient.
         track = self.probability_sums.enabled and self.training and torch.is_grad_enabled()
         scale: Any = self.loss_weight
         if reduction == 'mean':
             divisor = self._divisor(pred, target, avg_factor)
-            if isinstance(divisor, Tensor):  # of integers or of half precision, which would be scale's
+            if isinstance(divisor, Tensor):  # of integers or half precision, whose dtype scale would take
                 divisor = divisor.to(torch.promote_types(pred.dtype, torch.float32))
             scale = scale / divisor
-        # What is marked as not annotated is computed by itself: a gradient of zeros more, but no weight of its own.
+        # Labels without annotation need a second operator call: one extra gradient tensor, no weight tensor.
         parts = [(target, self.gamma_neg, self.ignore_index, 1.)]
         if self.weight_unannotated:
             gamma = self.gamma_neg if self.gamma_unannotated is None else self.gamma_unannotated
@@ -178,14 +183,14 @@ class AsymmetricLoss(nn.Module):
         return sum(losses[1:], losses[0])
 
     def _unannotated(self, pred: Tensor, target: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """The target of what is marked as not annotated: negatives, or background; the rest is marked by -1."""
+        """Target of the labels without annotation: negatives, or background; -1 marks all others."""
         labels = target[0] if isinstance(target, (tuple, list)) else target
         marked: Any = labels == self.ignore_index
         return marked.float() - 1 if labels.shape == pred.shape else torch.where(marked, pred.shape[-1], -1)
 
     def _divisor(self, pred: Tensor, target: Tensor | tuple[Tensor, Tensor],
                  avg_factor: float | Tensor | None) -> float | Tensor:
-        """``avg_factor`` or the elements that count, by their weight; never 0, so that an empty batch has loss 0."""
+        """``avg_factor``, or the weighted number of elements that count; above 0, so an empty batch has loss 0."""
         if avg_factor is not None:
             return as_divisor(avg_factor)
         if self.ignore_index is None:
@@ -197,13 +202,14 @@ class AsymmetricLoss(nn.Module):
         return as_divisor(count * elements_per_target)
 
     def reset_parameters(self) -> None:
-        """Set what lives on the module to what it was built with, in that shape; FSDP calls it after ``to_empty``."""
+        """Reset the parameters to the values and shapes given at construction; FSDP calls it after ``to_empty``."""
         for name, value in self._initial.items():
             setattr(self, name, value.to(getattr(self, name).device, copy=True))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> 'AsymmetricLoss':
-        """Moves the module but keeps its parameters in float32: half precision would round a controller's small steps
-        away."""
+        """Move the module but keep its parameters in float32: half precision would round small steps of a controller to
+        0.
+        """
         kept = {name: getattr(self, name) for name in self._initial}
         super()._apply(fn, recurse)
         for name, value in kept.items():
@@ -224,11 +230,11 @@ class AsymmetricLoss(nn.Module):
 
 
 def as_divisor(avg_factor: float | Tensor) -> float | Tensor:
-    """``avg_factor``, kept above 0 without a wait for the device."""
+    """``avg_factor``, kept above 0 without a host sync."""
     if not isinstance(avg_factor, Tensor):
         return max(avg_factor, torch.finfo(torch.float32).eps)
     if avg_factor.numel() != 1:
-        raise ValueError(f'avg_factor of shape {tuple(avg_factor.shape)} must have one element')
+        raise DataError(f'avg_factor of shape {tuple(avg_factor.shape)} must have one element')
     return avg_factor.reshape(()).clamp(min=torch.finfo(torch.float32).eps)
 
 
@@ -242,5 +248,5 @@ def as_element_weight(weight: Tensor, pred: Tensor) -> Tensor:
         return weight.view_as(pred)
     if weight.dim() == pred.dim() and all(w in (1, n) for w, n in zip(weight.shape, pred.shape)):
         return weight
-    raise ValueError(f'weight of shape {tuple(weight.shape)} does not fit predictions of shape {tuple(pred.shape)}: '
+    raise DataError(f'weight of shape {tuple(weight.shape)} does not fit predictions of shape {tuple(pred.shape)}: '
                      'give one per row, one per element, or one flat list of all elements')

@@ -1,8 +1,9 @@
-"""The single-label form of the asymmetric loss, as the module that configs build."""
+"""The softmax form of the asymmetric loss as a module."""
 import math
 
 from torch import Tensor, nn
 
+from mmasl.errors import ConfigError, DataError
 from mmasl.models.losses.asymmetric_loss import REDUCTIONS, as_divisor
 from mmasl.ops.functional import asymmetric_softmax_loss
 
@@ -10,24 +11,25 @@ from mmasl.ops.functional import asymmetric_softmax_loss
 class AsymmetricSoftmaxLoss(nn.Module):
     """Softmax loss with asymmetric focusing and label smoothing, for heads such as MMPretrain's ``LinearClsHead``.
 
-    This is ``ASLSingleLabel`` of the authors' code; :func:`mmasl.ops.asymmetric_softmax_loss` has
-    the formula. It is not what Table 12 of arXiv 2009.14119 (Herbarium) was trained with: by the author's word (issue
-    68 of the official repository) that was the sigmoid form, which is :class:`mmasl.AsymmetricLoss` with the same head
-    and labels. ``gamma_neg`` acts on the smoothed part of the target alone: with ``smoothing=0`` it changes nothing,
-    and with ``gamma_pos=0`` as well this is cross-entropy. Where asymmetry is the point, take the sigmoid form.
+    This is ``ASLSingleLabel`` of the official code; :func:`mmasl.asymmetric_softmax_loss` has the formula. Table 12 of
+    arXiv 2009.14119 (Herbarium) was trained with the sigmoid form instead, by the author's word (issue 68 of the
+    official repository): :class:`mmasl.AsymmetricLoss` with the same head and labels. ``gamma_neg`` acts on the
+    smoothed part of the
+    target alone: with ``smoothing=0`` it has no effect, and with ``gamma_pos=0`` as well this is cross-entropy. For
+    asymmetric focusing use the sigmoid form.
 
     Args:
         gamma_pos: Focusing parameter of the label, >= 0.
         gamma_neg: Focusing parameter of the other classes, >= 0.
         smoothing: Share of the target spread evenly over all classes, in [0, 1). ``eps`` in the official code.
-        use_sigmoid: Must stay False; heads read it from the config.
+        use_sigmoid: Must stay False. Heads read it from the config.
         reduction: 'mean', 'sum' or 'none'. 'mean' divides the sum by ``avg_factor``, or by the number of samples that
-            are not ignored; 'sum' leaves ``avg_factor`` aside.
+            are not ignored. 'sum' does not use ``avg_factor``.
         loss_weight: Factor of the result.
         ignore_index: Label of samples to leave out.
 
     Raises:
-        ValueError: A parameter is out of its range; the message names it.
+        ConfigError: A parameter is out of its range; the message names it.
     """
 
     def __init__(self,
@@ -40,16 +42,16 @@ class AsymmetricSoftmaxLoss(nn.Module):
                  ignore_index: int | None = None) -> None:
         super().__init__()
         if use_sigmoid is not False:
-            raise ValueError(f'use_sigmoid={use_sigmoid}: AsymmetricSoftmaxLoss is defined on a softmax; set '
-                             'use_sigmoid=False, or take mmasl.AsymmetricLoss')
+            raise ConfigError(f'use_sigmoid={use_sigmoid}: AsymmetricSoftmaxLoss is defined on a softmax; set '
+                              'use_sigmoid=False, or use mmasl.AsymmetricLoss')
         if reduction not in REDUCTIONS:
-            raise ValueError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
+            raise ConfigError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
         for name, value, high in (('gamma_pos', gamma_pos, math.inf), ('gamma_neg', gamma_neg, math.inf),
                                   ('smoothing', smoothing, 1)):
             if not 0 <= value < high:
-                raise ValueError(f'{name}={value} must be a number in [0, {high:g})')
+                raise ConfigError(f'{name}={value} must be a number in [0, {high:g})')
         if not math.isfinite(loss_weight):
-            raise ValueError(f'loss_weight={loss_weight} must be finite')
+            raise ConfigError(f'loss_weight={loss_weight} must be finite')
         self.gamma_pos = gamma_pos
         self.gamma_neg = gamma_neg
         self.smoothing = smoothing
@@ -75,15 +77,19 @@ class AsymmetricSoftmaxLoss(nn.Module):
 
         Returns:
             The reduced loss, of shape (); for 'none', the shape of ``target``. float32, or float64 for float64.
+
+        Raises:
+            ConfigError: ``reduction_override`` is unknown.
+            DataError: A shape does not fit, or a label is out of range.
         """
         reduction = reduction_override or self.reduction
         if reduction not in REDUCTIONS:
-            raise ValueError(f'reduction_override={reduction!r} must be one of {REDUCTIONS}')
+            raise ConfigError(f'reduction_override={reduction!r} must be one of {REDUCTIONS}')
         loss = asymmetric_softmax_loss(pred, target, gamma_pos=self.gamma_pos, gamma_neg=self.gamma_neg,
                                        smoothing=self.smoothing, ignore_index=self.ignore_index)
         if weight is not None:
             if weight.shape != loss.shape:
-                raise ValueError(f'weight of shape {tuple(weight.shape)} does not fit labels of shape '
+                raise DataError(f'weight of shape {tuple(weight.shape)} does not fit labels of shape '
                                  f'{tuple(target.shape)}: give one per sample')
             loss = loss * weight
         if reduction != 'none':
@@ -93,7 +99,7 @@ class AsymmetricSoftmaxLoss(nn.Module):
         return self.loss_weight * loss
 
     def _divisor(self, target: Tensor, avg_factor: float | Tensor | None) -> float | Tensor:
-        """``avg_factor`` or the number of samples that count; never 0, so that an empty batch has loss 0."""
+        """``avg_factor``, or the number of samples that count; above 0, so an empty batch has loss 0."""
         if avg_factor is not None:
             return as_divisor(avg_factor)
         return max(target.numel(), 1) if self.ignore_index is None else (target != self.ignore_index).sum().clamp(min=1)

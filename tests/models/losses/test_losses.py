@@ -186,8 +186,8 @@ def test_a_batch_without_annotations(logits):
     for target in (torch.full((12, 5), -1.), torch.full((12, ), -1)):
         assert_close(with_grad(loss, logits, target), expected)  # 0.6 elements
         p = logits.sigmoid()
-        assert_close(loss.probability_sums.total, torch.stack([torch.zeros(5), torch.zeros(5), 0.01 * (1 - p).sum(0),
-                                                         torch.full((5, ), 0.12)]))
+        expected_sums = [torch.zeros(5), torch.zeros(5), 0.01 * (1 - p).sum(0), torch.full((5, ), 0.12)]
+        assert_close(loss.probability_sums.total, torch.stack(expected_sums))
         loss.probability_sums.take()
     assert loss(logits[:0], torch.zeros(0, 5)) == 0
 
@@ -200,7 +200,8 @@ def test_unannotated_labels_are_a_share_of_the_negatives_in_the_gap(logits, part
     loss(logits, target, weight)
     p, y = logits.sigmoid(), dense(negative)
     share = torch.where(marked, 0.3, 1.) * weight.unsqueeze(1)
-    assert_close(loss.probability_sums.total, torch.stack([(share * x).sum(0) for x in (y * p, y, (1 - y) * (1 - p), 1 - y)]))
+    expected = torch.stack([(share * x).sum(0) for x in (y * p, y, (1 - y) * (1 - p), 1 - y)])
+    assert_close(loss.probability_sums.total, expected)
 
 
 def test_unannotated_labels_follow_the_gamma_of_negatives_or_keep_their_own(logits):
