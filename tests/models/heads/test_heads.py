@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from mmasl.errors import ConfigError
 from mmasl.models.heads.calibrated_predictions import calibration_settings
-from mmasl.ops import posterior_threshold, posterior
+from mmasl.ops import posterior, posterior_threshold
 
 LINEAR = dict(num_classes=6, in_channels=8)
 HEADS = {
@@ -38,12 +38,13 @@ def test_raw_scores_are_stock_and_decisions_calibrated(name):
     assert type(stock) is getattr(stock_heads, name) and isinstance(head, type(stock))
     stock.load_state_dict(head.state_dict(), strict=True)
     logits = 5 * torch.randn(5, 6)
-    for actual, expected, z in zip(head._get_predictions(logits, None), stock._get_predictions(logits, None), logits):
+    calibrated = posterior(logits, gamma_neg=4., clip=0.05)
+    positive = logits > posterior_threshold(0.5, gamma_neg=4., clip=0.05)  # at p = 0.684
+    for n, (actual, expected) in enumerate(zip(head._get_predictions(logits, None),
+                                               stock._get_predictions(logits, None), strict=True)):
         assert_close(actual.pred_score, expected.pred_score, rtol=0, atol=0)
-        assert_close(actual.calibrated_score, posterior(z, gamma_neg=4., clip=0.05), rtol=0, atol=0)
-        # The derived threshold of p: posterior 1/2 is at p = 0.684.
-        decisive = posterior_threshold(0.5, gamma_neg=4., clip=0.05)
-        assert actual.pred_label.tolist() == (z > decisive).nonzero()[:, 0].tolist()
+        assert_close(actual.calibrated_score, calibrated[n], rtol=0, atol=0)
+        assert actual.pred_label.tolist() == positive[n].nonzero()[:, 0].tolist()
     for actual, expected in zip(head.predict(features(name)), stock.predict(features(name))):
         assert_close(actual.pred_score, expected.pred_score, rtol=0, atol=0)
         assert actual.calibrated_score.shape == (6, )
@@ -86,8 +87,9 @@ def test_half_precision(dtype):
     head = build('MultiLabelLinearClsHead').to(dtype)
     sample = head.predict((features('MultiLabelLinearClsHead')[0].to(dtype), ))[0]
     assert (sample.pred_score.dtype, sample.calibrated_score.dtype) == (dtype, torch.float32)
-    logits = head((features('MultiLabelLinearClsHead')[0].to(dtype), ))[0]
-    assert_close(sample.calibrated_score, posterior(logits.float(), gamma_neg=4., clip=0.05), rtol=0, atol=0)
+    logits = head((features('MultiLabelLinearClsHead')[0].to(dtype), ))
+    expected = posterior(logits.float(), gamma_neg=4., clip=0.05)[0]
+    assert_close(sample.calibrated_score, expected, rtol=0, atol=0)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Stock MMDetection models, from their stock configs, train with ``mmasl.AsymmetricLoss`` swapped in by config alone.
 
-Only speed is taken from the models: no pre-trained weights, ResNet-18 for ResNet-50, fewer stacked layers and queries.
+To be fast, the models have no pre-trained weights, ResNet-18 for ResNet-50, and fewer stacked layers and queries.
 """
 import logging
 import subprocess
@@ -17,9 +17,8 @@ from mmengine.registry import MODELS, DefaultScope
 
 from mmasl import AsymmetricLoss
 
-ASL = dict(gamma_pos=1., gamma_neg=2., clip=0., alpha=0.25)
 CROSS_ENTROPY = dict(gamma_pos=0., gamma_neg=0., clip=0.)
-# What each stock loss has to be set to for AsymmetricLoss to be able to equal it, as binary cross-entropy.
+# Settings with which each stock loss is binary cross-entropy, which AsymmetricLoss can equal.
 AS_CROSS_ENTROPY = dict(
     CrossEntropyLoss=dict(),
     QualityFocalLoss=dict(beta=0.),
@@ -63,6 +62,7 @@ HEADS = {
     'yolox': ('yolox/yolox_tiny_8xb8-300e_coco', {}),
 }
 MASK_HEADS = ('rtmdet-ins', 'solo', 'decoupled-solo', 'solov2', 'condinst')
+PREDICTING = ('fcos', 'retinanet', 'tood-late', 'rtmdet', 'gfl', 'conditional-detr', 'sparse-rcnn', 'yolox')
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def stock_losses(cfg):
 
 
 def load(head):
-    """The stock config of ``head``, made quick."""
+    """The stock config of ``head``, made small."""
     path, options = HEADS[head]
     cfg = get_config(f'mmdet::{path}.py')
     resnet = cfg.model.backbone.type == 'ResNet'
@@ -118,11 +118,15 @@ def replaced(stock, params):
     return dict(_delete_=True, type='mmasl.AsymmetricLoss', use_sigmoid=True, **params, **kept)
 
 
-def build(cfg):
+def build(cfg, state=None):
+    """The model in training mode, with the weights ``state`` if given."""
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope('mmdet'):
         model = MODELS.build(cfg.model)
-    model.init_weights()
+    if state is None:
+        model.init_weights()
+    else:
+        model.load_state_dict(state, strict=True)
     return model.train()
 
 
@@ -174,40 +178,17 @@ def has_positive(pred, target):
 
 
 @pytest.mark.parametrize('head', HEADS)
-def test_training_step(head):
-    cfg = load(head)
-    cfg.merge_from_dict({path: replaced(stock, ASL) for path, stock in stock_losses(cfg).items()})
-    model = build(cfg)
-    losses = replaced_modules(cfg, model)
-    modules = [model.get_submodule(name) for name in losses]
-    for module in modules:
-        module.probability_sums.enabled = True
-
-    for num_items in (3, 0), (0, ):
-        model.zero_grad()
-        logged, calls = step(head, model, losses, inputs(head, *num_items))
-        # Without objects YOLOX does not call its loss, and YOLOv3 calls it with weights of 0.
-        sums = sum((module.probability_sums.total for module in modules if module.probability_sums.total is not None),
-                   torch.zeros(4, 1))
-        p_positives, positives, q_negatives, negatives = sums
-        assert (0 <= p_positives).all() and (p_positives <= positives + 1e-3).all()
-        assert (0 <= q_negatives).all() and (q_negatives <= negatives * (1 + 1e-5)).all()
-        assert bool(positives.any()) is any(num_items)
-        assert q_negatives.any() or (head in ('yolox', 'yolov3') and not any(num_items))
-        for module in modules:
-            module.probability_sums.take()
-        assert all(value.isfinite() for value in logged.values()), logged
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-        if any(num_items):
-            assert any(pred.grad.any() for pred, _ in calls)
-
-
-@pytest.mark.parametrize('head', HEADS)
-def test_equals_stock_loss(head):
+def test_swapped_loss(head):
     """Where the stock loss is a setting of the asymmetric loss, every loss of the model and every gradient that the
-    classification layers receive are the same. The stock loss computes in float64: at p = 0.001, mmdet's float32
-    gradient of background is right to four digits only."""
-    stock_cfg, cfg = load(head), load(head)
+    classification layers receive are the same, with and without objects. The same model then trains with focusing, and
+    predicts as the stock model does.
+
+    The stock loss computes in float64: at p = 0.001, the float32 gradient of background in mmdet has 4 correct digits.
+    """
+    stock_cfg = load(head)
+    if 'score_thr' in stock_cfg.model.test_cfg:
+        stock_cfg.model.test_cfg.score_thr = 0.
+    cfg = deepcopy(stock_cfg)
     for path, stock in stock_losses(stock_cfg).items():
         params = CROSS_ENTROPY
         if stock.type == 'FocalLoss':
@@ -215,9 +196,12 @@ def test_equals_stock_loss(head):
         else:
             stock.update(AS_CROSS_ENTROPY[stock.type])
         cfg.merge_from_dict({path: replaced(stock, params)})
-    stock_model, model = build(stock_cfg), build(cfg)
-    model.load_state_dict(stock_model.state_dict(), strict=True)
+    stock_model = build(stock_cfg)
+    model = build(cfg, stock_model.state_dict())
     losses = replaced_modules(cfg, model)
+    modules = [model.get_submodule(name) for name in losses]
+    for module in modules:
+        module.probability_sums.enabled = True
 
     for num_items in (3, 0), (0, ):
         data = inputs(head, *num_items)
@@ -227,28 +211,45 @@ def test_equals_stock_loss(head):
         assert any(has_positive(*call) for call in calls) is any(num_items)
         for (pred, _), (expected_pred, _) in zip(calls, expected_calls, strict=True):
             torch.testing.assert_close(pred.grad, expected_pred.grad, rtol=1e-5, atol=0)
+        # Without objects YOLOX does not call its loss, and YOLOv3 calls it with weights of 0.
+        check_sums(modules, any(num_items), called=any(num_items) or head not in ('yolox', 'yolov3'))
+
+    for module in modules:
+        module.gamma_pos.fill_(1.)
+        module.gamma_neg.fill_(2.)
+    model.zero_grad()
+    logged, calls = step(head, model, losses, inputs(head, 3, 0))
+    assert all(value.isfinite() for value in logged.values()), logged
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert any(pred.grad.any() for pred, _ in calls)
+    if head in PREDICTING:
+        check_predictions(head, model.eval(), stock_model.eval())
 
 
-@pytest.mark.parametrize(
-    'head', ['fcos', 'retinanet', 'tood-late', 'rtmdet', 'gfl', 'conditional-detr', 'sparse-rcnn', 'yolox'])
-def test_predicts_as_stock(head):
-    cfg = load(head)
-    if 'score_thr' in cfg.model.test_cfg:
-        cfg.model.test_cfg.score_thr = 0.
-    stock = build(cfg).eval()
-    cfg.merge_from_dict({path: replaced(loss, ASL) for path, loss in stock_losses(cfg).items()})
-    model = build(cfg).eval()
+def check_sums(modules, positive, called):
+    """The sums of probabilities that the losses hand to hooks are within their bounds."""
+    sums = sum((module.probability_sums.total for module in modules if module.probability_sums.total is not None),
+               torch.zeros(4, 1))
+    p_positives, positives, q_negatives, negatives = sums
+    assert (0 <= p_positives).all() and (p_positives <= positives + 1e-3).all()
+    assert (0 <= q_negatives).all() and (q_negatives <= negatives * (1 + 1e-5)).all()
+    assert bool(positives.any()) is positive and bool(q_negatives.any()) is called
+    for module in modules:
+        module.probability_sums.take()
+
+
+@torch.no_grad()
+def check_predictions(head, model, stock):
+    # The focusing step has updated the running statistics of batch normalization.
     model.load_state_dict(stock.state_dict(), strict=True)
-    with torch.no_grad():
-        expected, actual = (m.test_step(inputs(head, 3)) for m in (stock, model))
-    expected, actual = expected[0].pred_instances, actual[0].pred_instances
+    expected, actual = (m.test_step(inputs(head, 3))[0].pred_instances for m in (stock, model))
     assert len(actual)
     torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=0)
     torch.testing.assert_close(actual.bboxes, expected.bboxes, rtol=0, atol=0)
 
 
 def test_inherited_config(tmp_path):
-    """What a user writes."""
+    """A config as a user writes it."""
     path = tmp_path / 'fcos_asl.py'
     path.write_text("""
 _base_ = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
@@ -259,8 +260,9 @@ model = dict(
             _delete_=True, type='mmasl.AsymmetricLoss', use_sigmoid=True,
             gamma_pos=1., gamma_neg=2., clip=0., alpha=0.25, loss_weight=1.)))
 """)
+    params = dict(gamma_pos=1., gamma_neg=2., clip=0., alpha=0.25)
     expected = get_config('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py')
-    expected.merge_from_dict({path: replaced(loss, ASL) for path, loss in stock_losses(expected).items()})
+    expected.merge_from_dict({path: replaced(loss, params) for path, loss in stock_losses(expected).items()})
     assert Config.fromfile(path).model == dict(expected.model, _scope_='mmdet')
 
 
@@ -297,23 +299,14 @@ def test_bare_name_is_unknown(scope):
             MODELS.build(dict(type='AsymmetricLoss'))
 
 
-def run(code):
-    return subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout.split()
-
-
-def test_import_needs_torch_and_mmengine_only():
-    hosts = "{'mmdet', 'mmpretrain', 'mmcv', 'torchvision', 'timm'}"
-    assert run(f'import sys, mmasl; print(*{hosts} & set(sys.modules))') == []
-
-
-def test_resolves_without_custom_imports():
-    assert run("from mmengine.registry import MODELS; print(MODELS.get('mmasl.AsymmetricLoss').__module__)") == [
-        'mmasl.models.losses.asymmetric_loss'
-    ]
-
-
-def test_needs_no_mmpretrain():
-    """A loss in a detector, where MMPretrain is not installed."""
-    assert run("import sys; sys.modules['mmpretrain'] = None; from mmengine.registry import MODELS, HOOKS;"
-               "print(MODELS.get('mmasl.AsymmetricLoss').__name__, HOOKS.get('mmasl.ProbabilityGapHook').__name__)"
-               ) == ['AsymmetricLoss', 'ProbabilityGapHook']
+def test_resolves_without_imports_and_without_mmpretrain():
+    """In an environment without MMPretrain, MMEngine finds loss and hooks by name alone and loads no other package."""
+    code = """
+import sys
+sys.modules['mmpretrain'] = None
+from mmengine.registry import HOOKS, MODELS
+print(MODELS.get('mmasl.AsymmetricLoss').__module__, *{'mmdet', 'mmcv', 'torchvision', 'timm'} & set(sys.modules))
+print(HOOKS.get('mmasl.ProbabilityGapHook').__name__)
+"""
+    found = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert found == ['mmasl.models.losses.asymmetric_loss', 'ProbabilityGapHook']
