@@ -121,7 +121,8 @@ def test_configs_build(block, folder):
         model = MODELS.build(model)
         for hook in cfg.get('custom_hooks') or []:
             HOOKS.build(hook)
-        METRICS.build(cfg.val_evaluator)
+        if inherit:  # another base may need data that is not here
+            METRICS.build(cfg.val_evaluator)
         if 'tta_model' in cfg:
             MODELS.build(ConfigDict(cfg.tta_model, module=model))
 
