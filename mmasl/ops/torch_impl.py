@@ -128,7 +128,7 @@ def _read_target(problem: Problem, soft: bool | None, first_row: int) -> tuple[T
     ignored = None if problem.ignore_index is None else y == problem.ignore_index
     look = soft is None
     if y.dim() == 2:
-        y = y.to(dtype) if ignored is None else y.to(dtype).masked_fill_(ignored, 0)
+        y = (y if ignored is None else y.masked_fill(ignored, 0)).to(dtype)
         if look:
             soft = problem.target.dtype != torch.bool and not torch.equal(y * y, y)
             if soft:

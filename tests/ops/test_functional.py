@@ -235,6 +235,7 @@ def test_ignored_elements_and_rows(setting):
     kept, kept_grad = value_and_grad(asymmetric_loss, logits, target.clamp(min=0), **setting)
     assert (loss[:, 1] == 0).all() and (grad[:, 1] == 0).all()
     assert_close((loss[:, ::2], grad[:, ::2]), (kept[:, ::2], kept_grad[:, ::2]))
+    assert (target[:, 1] == -1).all(), 'the target is read only'
 
     labels = torch.tensor([0, 255, 2, 3, 255, 1])
     loss, grad = value_and_grad(asymmetric_loss, logits, labels, **setting, ignore_index=255)
