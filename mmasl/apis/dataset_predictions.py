@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.runner.amp import autocast
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmasl.errors import DataError
@@ -27,7 +27,7 @@ class DatasetPredictions(NamedTuple):
 
 
 @torch.no_grad()
-def predict_dataset(model: nn.Module, loader: DataLoader, amp: bool = False,
+def predict_dataset(model: Any, loader: DataLoader, amp: bool = False,
                     progress: Callable[[Iterable, str], Iterable] = lambda items, what: items) -> DatasetPredictions:
     """Predict a data set with a multi-label classifier of MMPretrain.
 

@@ -314,15 +314,15 @@ def test_size_of_coco(tmp_path):
 
 
 def test_many_classes_are_cut():
-    classes = 9605
+    classes = 1000
     data = predict(20, classes)
     data.labels[:, 100] = 0
     errors = analyse_errors(data)
     text = render_error_page(errors, data, {})
-    assert len(text) < 2e6
+    assert len(text) < 1e6
     page = Page(text)
     shown = [int(name.split()[1]) for name in page.said('a') if name.startswith('class ')]
-    assert 300 < len(shown) <= 400 and '9,605 classes' in text and len(page.all('option')) == len(shown) + 1
+    assert 300 < len(shown) <= 400 and '1,000 classes' in text and len(page.all('option')) == len(shown) + 1
     ap = errors.ap[shown]
     assert (ap == np.sort(ap)).all() and ap[:200].max() <= np.sort(errors.ap)[199]
     frequent = np.sort(errors.counts[2])[-200]

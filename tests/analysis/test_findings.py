@@ -163,13 +163,13 @@ def test_ema_with_a_horizon(late):
     assert found(hint) == []
 
 
-@pytest.mark.parametrize('batches_per_epoch', (1, 40, 642))
-def test_no_ema_of_the_configs_is_longer_than_its_run(batches_per_epoch):
+def test_no_ema_of_the_configs_is_longer_than_its_run():
     configs = [Config.fromfile(path) for path in sorted((ROOT / 'configs').glob('**/*_official_*.py'))]
     hooks = [hook.type for cfg in configs for hook in cfg.custom_hooks]
     assert hooks.count('mmasl.RelativeEMAHook') == len(configs) > 0
     for cfg in configs:
-        assert findings.ema_longer_than_run(cfg, batches_per_epoch) == []
+        for batches_per_epoch in (1, 40, 642):
+            assert findings.ema_longer_than_run(cfg, batches_per_epoch) == []
 
 
 @pytest.mark.parametrize('options', (
