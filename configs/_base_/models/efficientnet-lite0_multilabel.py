@@ -1,5 +1,5 @@
 # ImageNet-pretrained EfficientNet-Lite0 with one sigmoid per class. A config sets num_classes and the loss of the head.
-# The weights need the normalisation of ../datasets/multilabel_224.py. timm's efficientnet_lite0, without tf_, loads them
+# The weights need the normalisation of ../datasets/multilabel_224.py. Without tf_, timm's efficientnet_lite0 loads them
 # without an error, but has another padding and another epsilon in batch norm.
 model = dict(
     type='ImageClassifier',
