@@ -314,7 +314,7 @@ def softmax_formula(logits: Tensor, labels: Tensor, gamma_pos: Tensor, gamma_neg
     log_sum = torch.where(is_label, 0., others.exp()).sum(-1, keepdim=True).log()
     lead = (z.gather(-1, label.clamp(0, classes - 1).long()) - top - log_sum).clamp(lowest, -lowest)
     loss, slope, rest, p = negative_part(-lead, gamma_pos, 0., False)
-    factor = torch.where(known, 1 - smoothing + share, torch.nan)
+    factor = torch.full_like(lead, 1 - smoothing + share).masked_fill(~known, torch.nan)
     loss, slope, total = factor * loss, -factor * slope, torch.zeros_like(loss)
     focused = torch.zeros_like(z) if need_grad else None
     if smoothing:

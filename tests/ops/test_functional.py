@@ -265,11 +265,11 @@ def test_empty(shape):
 
 @pytest.mark.parametrize('target, error, message', [
     (torch.tensor([[0., 2.]]), ValueError, r'target 2.0 at \[0, 1\] is out of range'),
-    (torch.tensor([[-1., 0.]]), ValueError, r'target -1.0 at \[0, 0\].*set ignore_index'),
+    (torch.tensor([[-1., 0.]]), ValueError, r'target -1.0 at \[0, 0\].*Set ignore_index'),
     (torch.tensor([[0., float('nan')]]), ValueError, r'target nan at \[0, 1\]'),
-    (torch.tensor([3]), ValueError, r'label 3 at \[0, 0\].*0 to 1 for a class, 2 for background'),
+    (torch.tensor([3]), ValueError, r'label 3 at \[0\].*0 to 1 for a class, 2 for background'),
     (torch.tensor([-100]), ValueError, 'label -100'),
-    ((torch.tensor([1]), torch.tensor([1.5])), ValueError, r'quality 1.5 at \[0, 0\]'),
+    ((torch.tensor([1]), torch.tensor([1.5])), ValueError, r'quality 1.5 at \[0\]'),
     ((torch.tensor([1]), torch.tensor([1., 1])), ValueError, r'quality of shape \(2,\) does not fit labels'),
     (torch.tensor([1.]), TypeError, 'labels .* must be integers, got torch.float32'),
     (torch.zeros(2, 3), ValueError, r'target of shape \(2, 3\) does not fit logits of shape \(1, 2\)'),
@@ -364,7 +364,7 @@ def test_compiled_out_of_range_target_raises(compiled, implementation):
         return
     with pytest.raises(ValueError, match=r'target -1.0 at \[0, 0\]'):
         compiled(torch.zeros(2, 3), torch.full((2, 3), -1.), gamma_neg)
-    with pytest.raises(ValueError, match=r'label 4 at \[1, 0\]'):
+    with pytest.raises(ValueError, match=r'label 4 at \[1\]'):
         compiled(torch.zeros(2, 3), torch.tensor([1, 4]), gamma_neg)
 
 
