@@ -93,6 +93,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(ModelHub, '_ModelHub__mmpretrain_registered', True)
     for name in LINKED:
         Path(name).symlink_to(ROOT / name)
+    Path('_base_').symlink_to(ROOT / 'configs' / '_base_')  # for an example that belongs into configs/
     DigitScenes(train=1, val=2).write('data/digits')
     cfg = Config.fromfile(CONFIG)
     cfg.model.backbone.init_cfg = None
