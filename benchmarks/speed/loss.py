@@ -151,7 +151,8 @@ def measure(device: str) -> Iterator[dict]:
             times = {name: time / REPLAYS for name, time in times.items()}
             wall = in_turn(calls, 2)
         else:
-            times = wall = in_turn(calls, 20 if rows * classes > 1e6 else 3)
+            small = shape in SMALL
+            times = wall = in_turn(calls, 10 if small else 20, repeat=20 if small else 1)
         for (name, kind), time in times.items():
             must_move = 2 * logits.nbytes + target.nbytes
             yield dict(

@@ -19,7 +19,7 @@ Name = TypeVar('Name')
 
 
 def in_turn(calls: Mapping[Name, Callable[[], object]], seconds: float = 5, least: int = 5,
-            statistic: Callable[[list[float]], float] = median) -> dict[Name, float]:
+            statistic: Callable[[list[float]], float] = median, repeat: int = 1) -> dict[Name, float]:
     """Median (or other ``statistic``) time of each call in seconds.
 
     The calls take turns, so that a slower minute of the machine slows all.
@@ -29,6 +29,8 @@ def in_turn(calls: Mapping[Name, Callable[[], object]], seconds: float = 5, leas
         seconds: Rounds go on for about this long.
         least: Rounds at least.
         statistic: ``min`` for calls of many seconds, of which there are few rounds, and which other work only delays.
+        repeat: Consecutive calls of a turn, whose mean counts. For calls of less than a millisecond: there the first
+            call of a turn takes up to twice as long, because another one has used the CPU's caches.
     """
     for call in calls.values():
         call()
@@ -38,9 +40,10 @@ def in_turn(calls: Mapping[Name, Callable[[], object]], seconds: float = 5, leas
         for name, call in calls.items():
             synchronize()
             begin = time.perf_counter()
-            call()
+            for _ in range(repeat):
+                call()
             synchronize()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append((time.perf_counter() - begin) / repeat)
     return {name: statistic(values) for name, values in times.items()}
 
 

@@ -93,6 +93,8 @@ class _Differentiable:
 
         self.operator = torch.library.custom_op(f'mmasl::{name}', forward, mutates_args=())
         self.operator.register_autograd(backward, setup_context=setup_context)
+        self.plain: Any
+        self.transformable: Any
         self.plain, self.transformable = (
             type(name, (torch.autograd.Function, ), {key: staticmethod(value) for key, value in functions.items()})
             for functions in (dict(forward=forward_with_context, backward=backward),

@@ -11,7 +11,7 @@ The terms with g+ and g- as factors are the gradient through the focusing weight
 import logging
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -219,13 +219,12 @@ def run(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_s
             return loss, grad, sums
     else:
         grad = torch.empty_like(rows.logits, memory_format=torch.contiguous_format) if need_grad else None
-        losses, all_sums = [], []
+        losses: list[Any] = []
+        all_sums: list[Any] = []
         for part in parts:
-            block = rows._replace(**{name: None if value is None else value[part] for name, value in zip(
-                ('logits', 'target', 'quality', 'weight'), rows)})
-            loss, block_grad, sums = formula(
-                block, need_loss, need_grad, need_sums,
-                upstream[part] if upstream is not None and upstream.dim() else upstream, soft, part.start)
+            block_grad: Any
+            loss, block_grad, sums = formula(_block(rows, part), need_loss, need_grad, need_sums,
+                                             _cut(upstream, part), soft, part.start)
             losses.append(loss)
             all_sums.append(sums)
             if grad is not None:
@@ -236,6 +235,15 @@ def run(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_s
     if loss is not None and problem.reduction == 'none':
         loss = loss.reshape(shape)
     return loss, None if grad is None else grad.reshape(shape), sums
+
+
+def _block(rows: Problem, part: slice) -> Problem:
+    return rows._replace(logits=rows.logits[part], target=rows.target[part], quality=_cut(rows.quality, part),
+                         weight=_cut(rows.weight, part))
+
+
+def _cut(x: Tensor | None, part: slice) -> Tensor | None:
+    return x[part] if x is not None and x.dim() else x
 
 
 def blocks(logits: Tensor) -> list[slice]:
@@ -344,13 +352,13 @@ def run_softmax(logits: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: flo
                     f'0 to {classes - 1}', 0)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     gammas = [torch.full((), gamma, dtype=dtype, device=logits.device) for gamma in (gamma_pos, gamma_neg)]
-    settings = *gammas, smoothing, ignore_index, need_grad, grad_dtype
+    settings: Any = (*gammas, smoothing, ignore_index, need_grad, grad_dtype)
     parts = blocks(logits)
     if compile and logits.numel():
         return compiled(softmax_formula, 'softmax')(logits, labels, *settings)
     if len(parts) == 1:
         return softmax_formula(logits, labels, *settings)
-    grad = torch.empty_like(logits, dtype=grad_dtype) if need_grad else None
+    grad: Any = torch.empty_like(logits, dtype=grad_dtype) if need_grad else None
     losses = []
     for part in parts:
         loss, block_grad = softmax_formula(logits[part], labels[part], *settings)

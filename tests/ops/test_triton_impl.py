@@ -24,7 +24,7 @@ def build(kernel, arch, types, constants):
 
 
 assert not triton_impl.INTERPRETED
-for arch, dtype, target, loss in 80, 'fp32', 'i64', 2), (90, 'bf16', 'fp32', 1), (90, 'fp16', 'u8', 2):
+for arch, dtype, target, loss in (80, 'fp32', 'i64', 2), (90, 'bf16', 'fp32', 1), (90, 'fp16', 'u8', 2):
     constants = dict.fromkeys(['MAY_BE_SOFT', 'PER_CLASS_POS', 'PER_CLASS_CLIP', 'DETACH'], loss == 1) | dict(
         HAS_LABELS=target == 'i64', PER_CLASS_NEG=False, LOSS=loss, BLOCK_R=16, BLOCK_C=16, stride_class=1,
         ignore_index=None if loss == 1 else 255, quality_ptr=None)
