@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from mmasl.apis.inferencer import MultiLabelInferencer
@@ -69,6 +70,7 @@ def measure(run: Run) -> dict[str, str]:
     """
     cfg = Config.fromfile(run.config)
     cfg.merge_from_dict(run.options)
+    init_default_scope(cfg.default_scope)
     model = MultiLabelInferencer(cfg, run.last_checkpoint()).model
     train: dict[str, Any] = dict(ann_file='annotations/instances_train.json', data_prefix=dict(img_path='train/'))
     cfg.test_dataloader.dataset.update(train)

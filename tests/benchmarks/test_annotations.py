@@ -83,20 +83,20 @@ def test_the_plan_adds_up():
              f'{2 * parameters / 1e6:.0f} MB | {16 * parameters / g / 1e6:.0f} MB |'),
             f'all-reduce of the gradient: {all_reduce / 1e6:,.0f} MB', f'reduce-scatter: {fsdp / 1e6:,.0f} MB',
             f'all-gather and reduce-scatter: {features / 1e6:.1f} MB', f'| {8 * n * labels / 1e6:.1f} MB |',
-            *(f'one link a {name} | {1e3 * all_reduce / speed:.1f} ms | {1e3 * fsdp / speed:.1f} ms | '
+            *(f'one link per {name} | {1e3 * all_reduce / speed:.1f} ms | {1e3 * fsdp / speed:.1f} ms | '
               f'{1e3 * features / speed:.1f} ms |' for name, speed in (('machine', shared), ('GPU', single))),
             f'{own * c * 4 / 1e6:.1f} MB | {own * c * 4 / 1e6:.1f} MB | {n * c / g * 4 / 1e6:.1f} MB |',
             f'| {arithmetic / 1e9:.0f} GFLOP |',
-            f'the backbone takes {1e3 * step:.1f} ms, {1e3 * backward:.1f} of them backward',
-            f'{28 * parameters / 1e9:.1f} GB a step, {1e3 * 28 * parameters / 4e12:.1f} ms at 4 TB/s',
+            f'the backbone takes {1e3 * step:.1f} ms', f'its backward pass of {1e3 * backward:.1f} ms',
+            f'{28 * parameters / 1e9:.1f} GB per step, {1e3 * 28 * parameters / 4e12:.1f} ms at 4 TB/s',
             (f'at least {1e3 * (step - backward + all_reduce / shared):.1f} ms with DDP, and '
              f'{1e3 * (step + features / shared):.1f} ms with'),
-            f'at 1,000,000 labels {16 * 10 * parameters / 1e9:.0f} GB of state',
-            f'here {all_reduce / features:.0f} to 1', f'{4 * n * c / 1e6:,.0f} MB in float32',
-            f'64 samples in float32 are {4 * own * c / 1e6:.1f} MB',
-            f'256 classes at a time {4 * n * 256 / 1e6:.1f} MB',
-            f'all classes cost {100 * arithmetic / (own * flop):.1f} %', f'{n * labels / c:.2f} positives a step',
-            f'{100 / (n * labels / c):.0f} steps long', f'images are {2 * 1e5 * c / 1e9:.0f} GB',
+            f'At 1,000,000 labels the {16 * 10 * parameters / 1e9:.0f} GB of state',
+            f'here {all_reduce / features:.0f} : 1', f'{4 * n * c / 1e6:,.0f} MB in float32',
+            f'64 samples in float32 is {4 * own * c / 1e6:.1f} MB',
+            f'256 classes at a time, each copy in the loss takes {4 * n * 256 / 1e6:.1f} MB',
+            f'All classes cost {100 * arithmetic / (own * flop):.1f} %',
+            f'images are {2 * 1e5 * c / 1e9:.0f} GB',
             f'{2 * 1e5 * c / g / 1e6:.1f} MB a GPU', f'sends {ring * 2 * 1e5 * c / g / 1e6:.0f} MB a GPU',
             f'{1e5 * 3 * g * 8 / 1e6:.0f} MB for all', f'`fc.weight` of {4 * parameters / 1e6:.0f} MB'):
         assert ' '.join(expected.split()) in ' '.join(DOC.split())
