@@ -324,7 +324,7 @@ def test_label_embeddings_that_are_none(folder):
             load_label_embeddings(path, 6)
     assert not (folder / 'pwned').exists()
     for source, message in ((np.zeros((7, 3)), r'shape \(7, 3\), but num_classes=6 requires \(6, d\)'),
-                            (np.zeros(6), r'shape \(6,\)'), ([[1.], [2., 3.]], 'no array of numbers'),
+                            (np.zeros(6), r'shape \(6,\)'), ([[1.], [2., 3.]], 'not an array of numbers'),
                             (np.diag([1, 1, np.nan, 1, 1, 1]), 'not finite for class 2')):
         with pytest.raises(DataError, match=f'label_embeddings .*{message}'):
             load_label_embeddings(source, 6)
