@@ -237,12 +237,12 @@ def targets(rows: list[dict]) -> list[tuple[str, str, bool]]:
         results.append(_faster(ours, compiled, 1 if on_gpu else 1 / 1.1,
                                'never slower than torch.compile' + ('' if on_gpu else ' by more than 10 %')))
         extra = float(ours['memory_in_gradients'])
+        results.append((f"{shape}: extra memory at most the gradient's", f'{extra:.2f} gradients', extra <= 1.05))
         if on_gpu:
             if mmcv := [row for row in rows if (row['shape'], row['loss']) == (shape, 'mmcv focal')]:
                 results.append(_faster(ours, mmcv, 1, "never slower than mmcv's focal kernel"))
             share = float(ours['share_of_copy_bandwidth'])
             results.append((f'{shape}: at least 85 % of the copy bandwidth', f'{share:.0%}', share >= 0.85))
-            results.append((f"{shape}: extra memory at most the gradient's", f'{extra:.2f} gradients', extra <= 1.05))
         else:
             # of the eager ASL that is most frugal, which is harder than of the fastest
             least = min(float(row['memory_in_gradients']) for row in eager)

@@ -114,7 +114,8 @@ def formula(problem: Problem, need_loss: bool, need_grad: bool, need_sums: bool,
     if ignored is not None:
         loss, grad = loss.masked_fill(ignored, 0), grad.masked_fill(ignored, 0)
     if problem.reduction == 'sum':
-        loss = loss.sum()
+        # Inductor fuses a sum that has the loops of the elements: with labels these go over rows and classes.
+        loss = loss.sum() if problem.target.dim() == 2 else loss.sum(-1).sum()
     for factor in (problem.scale, upstream):
         grad = grad if factor is None else grad * factor.to(grad.dtype)
     loss = loss if problem.scale is None else loss * problem.scale
