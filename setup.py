@@ -7,7 +7,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 DETECTION = ['onedl-mmcv>=2.3.6', 'onedl-mmdetection>=3.5.1']
 MMENGINE = 'onedl-mmengine>=0.10.12,<0.11'  # the bound covers the private names listed in CONTRIBUTING.md
-CLASSIFICATION = ['onedl-mmcv>=2.3.6', 'onedl-mmpretrain>=1.3.6', 'timm>=1.0', 'jinja2', 'scipy', 'tqdm']
+CLASSIFICATION = ['onedl-mmcv>=2.3.6', 'onedl-mmpretrain>=1.3.6', 'timm>=1.0', 'jinja2', 'scipy']
 EXPORT = ['onnx>=1.18', 'onnxruntime>=1.20', 'onnxscript>=0.5']
 LINT = ['ruff>=0.17', 'mypy>=2.4']
 DOCS = ['sphinx>=8.1', 'myst-parser>=4', 'furo>=2024.8.6']
