@@ -137,7 +137,8 @@ def test_python_runs(page, folder, monkeypatch):
         if CHECKPOINT in arguments and any(word.endswith('.onnx') and repr(word) in code for word in arguments):
             monkeypatch.setattr(sys, 'argv', arguments[1:])
             tool(arguments[1])['main']()
-    names: dict[str, object] = {'__name__': '__example__'}
+    names: dict[str, object] = {'__name__': '__example__', 'logits': torch.zeros(2, 3, requires_grad=True),
+                                'targets': torch.eye(2, 3)}  # of the reader's own model
     for block in running:
         if block.text.startswith('>>>'):
             session = doctest.DocTestParser().get_doctest(block.text, names, block.where, block.page, block.line)

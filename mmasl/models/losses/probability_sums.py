@@ -5,7 +5,7 @@ from torch import Tensor
 class ProbabilitySums:
     """Sums behind the probability gap (Eq. 9-10), per class, added up over the training calls of a loss.
 
-    A reader sets :attr:`enabled` before training and calls :meth:`take` after each update. One reader at a time.
+    A reader sets ``enabled`` before training and calls :meth:`take` after each update. One reader at a time.
 
     Attributes:
         enabled: Whether the loss computes the sums in its training calls.
