@@ -1,15 +1,21 @@
-# make demo: draw the digits, train and compare the losses. make test: the tests. Both set up .venv first.
+# make demo: train and compare the losses on digits. make test: the tests. Both set up .venv first.
 VENV ?= .venv
 PY = $(VENV)/bin/python
 export VENV
 
-.PHONY: setup demo test test-slow lint types docs benchmark audit
+.PHONY: setup setup-cls demo test test-slow lint types docs benchmark audit outdated
 setup: $(VENV)/.installed
+setup-cls: $(VENV)/.installed-cls
 
 $(VENV)/.installed: setup.py constraints.txt tools/setup_env.sh
 	tools/setup_env.sh
 
-demo: setup
+# Classification needs no compiled ops.
+$(VENV)/.installed-cls: setup.py constraints.txt tools/setup_env.sh
+	tools/setup_env.sh cls
+
+# Sets up detection itself, once the classifiers' results are there.
+demo: setup-cls
 	$(PY) tools/demo.py
 
 # One torch thread for each worker: with more, two cores are slower.
@@ -38,3 +44,7 @@ audit:
 	$${PYTHON:-python3} -m venv build/audit
 	build/audit/bin/pip install -q pip-audit
 	build/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
+# Newer releases of the pinned versions; constraints.in says what holds the others back.
+outdated: setup
+	$(PY) -m pip list --outdated

@@ -45,9 +45,9 @@ setup(
     packages=find_packages(include=['mmasl', 'mmasl.*']),
     package_data={'': ['*.json', '*.html', '*.css', '*.js', '*.jinja']},
     cmdclass={'build_py': BuildWithConfigs},
-    python_requires='>=3.10',
+    python_requires='>=3.11',
     # The losses need torch and numpy alone; the extras add OpenMMLab.
-    install_requires=['torch>=2.4', 'numpy'],
+    install_requires=['torch>=2.8', 'numpy'],
     extras_require={
         'det': [MMENGINE, *DETECTION],
         'cls': [MMENGINE, *CLASSIFICATION],

@@ -1,53 +1,103 @@
 #!/usr/bin/env bash
-# Create a virtual environment with mmasl and its dependencies. `make setup` calls this script. Environment variables:
-#   PYTHON       interpreter, 3.10 to 3.12               [python3]
-#   VENV         folder of the virtual environment       [.venv]
-#   MMCV_WHEELS  folder with an mmcv wheel for this torch and Python, which is tried before mmcv is compiled
+# Creates .venv for mmasl; `make` calls it.
+#   tools/setup_env.sh cls   classification: MMPretrain, and mmcv without its compiled ops
+#   tools/setup_env.sh       classification and detection: MMDetection, and mmcv with its ops
+# Environment variables:
+#   PYTHON       interpreter, 3.11 to 3.13        [python3]
+#   VENV         folder of the environment        [.venv]
+#   MMCV_WHEELS  folder with an mmcv wheel for this torch and Python, tried before compiling
 set -euo pipefail
 cd "$(dirname "$0")/.."
+part=${1:-all}
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 
-"$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || {
-    echo "$PYTHON is $("$PYTHON" --version 2>&1): mmasl needs Python 3.10 to 3.12. Set PYTHON, as in PYTHON=python3.11" >&2
+"$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
+    echo "$PYTHON is $("$PYTHON" --version 2>&1). mmasl needs Python 3.11 to 3.13: name one with PYTHON=python3.13" >&2
     exit 1
 }
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-pip() { "$VENV/bin/python" -m pip "$@"; }
+pip() { "$VENV/bin/python" -m pip "$@" -c constraints.txt; }
+version=$(sed -n 's/^onedl-mmcv==//p' constraints.txt)
 
-echo "== torch and the build dependencies of mmcv"
-pip install -c constraints.txt torch torchvision numpy setuptools wheel ninja psutil packaging
+echo "== torch and torchvision (1 to 3 minutes after the download)"
+pip install -q torch torchvision numpy setuptools wheel ninja psutil packaging
 
-# mmcv's compiled ops work with one version of torch and Python only. pip's cache ignores both, so the wheel is cached here.
+if [ "$part" = cls ]; then
+    if ! "$VENV/bin/python" -c 'import mmcv' 2>/dev/null; then
+        echo "== mmcv without its ops (MMPretrain does not use them)"
+        MMCV_WITH_OPS=0 pip install -q --no-build-isolation --no-cache-dir --no-binary onedl-mmcv onedl-mmcv
+    fi
+    echo "== MMPretrain and mmasl"
+    pip install -q -e '.[cls,demo]'
+    "$VENV/bin/python" -c 'import mmasl.registry, mmpretrain.models'
+    touch "$VENV/.installed-cls"
+    exit
+fi
+
+# mmcv's compiled ops fit one torch and one Python. pip's own cache knows neither, so the wheel has a cache of its own.
 key=$("$VENV/bin/python" -c 'import sys, torch
 device = "cuda" if torch.cuda.is_available() else "cpu"
 print(f"torch{torch.__version__}-cp{sys.version_info[0]}{sys.version_info[1]}-{device}")')
-version=$(sed -n 's/^onedl-mmcv==//p' constraints.txt)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mmasl/mmcv$version-$key
 mkdir -p "$cache"
 
-install_mmcv() {  # FOLDER: install the wheel of this folder, and check that its ops load
+install_mmcv() {  # FOLDER: installs the wheel in it, if there is one, and checks that its ops load
     compgen -G "$1/onedl_mmcv-$version-*.whl" >/dev/null &&
-        pip install -c constraints.txt --no-index --find-links "$1" --force-reinstall --no-deps onedl-mmcv &&
-        pip install -c constraints.txt onedl-mmcv &&
-        "$VENV/bin/python" -c 'import mmcv._ext' 2>/dev/null
+        pip install -q --no-index --find-links "$1" --force-reinstall --no-deps onedl-mmcv 2>/dev/null &&
+        pip install -q onedl-mmcv &&
+        "$VENV/bin/python" -c 'import torch, mmcv._ext' 2>/dev/null
 }
 
-if ! install_mmcv "$cache" && ! { [ -n "${MMCV_WHEELS:-}" ] && install_mmcv "$MMCV_WHEELS"; }; then
-    echo "== compiling mmcv's ops for $key, which takes 15 CPU-minutes once (log: $cache/build.log)"
-    rm -f "$cache"/*.whl
+show_progress() {  # reads ninja's [12/78] and prints progress with an estimate; one line in ten if not on a terminal
+    local start=$SECONDS last=-1 done total line
+    while IFS= read -r line; do
+        [[ $line =~ \[([0-9]+)/([0-9]+)\] ]] || continue
+        done=${BASH_REMATCH[1]} total=${BASH_REMATCH[2]}
+        if [ -t 1 ]; then
+            printf '\r  %d of %d files, about %d minutes left ' "$done" "$total" \
+                $(((SECONDS - start) * (total - done) / done / 60 + 1))
+        elif [ $((done * 10 / total)) -gt "$last" ]; then
+            last=$((done * 10 / total))
+            echo "  $done of $total files, $(((SECONDS - start) / 60)) minutes"
+        fi
+    done
+    [ ! -t 1 ] || echo
+}
+
+compile_mmcv() {  # builds the wheel in $cache
+    local source=$cache/source
+    rm -rf "$cache"/*.whl "$source"
+    mkdir -p "$source"
+    pip download -q --no-build-isolation --no-deps --no-binary onedl-mmcv -d "$source" "onedl-mmcv==$version"
+    tar -xzf "$source"/*.tar.gz -C "$source" --strip-components 1
+    # torch 2.14 and newer need C++20; mmcv 2.3.6 asks for C++17.
+    sed -i.orig 's/-std=c++17/-std=c++20/' "$source/setup.py"
     CFLAGS="${CFLAGS:--g0 -O1}" MAX_JOBS=${MAX_JOBS:-$(nproc)} MMCV_WITH_OPS=1 \
-        pip wheel -v -c constraints.txt --no-build-isolation --no-deps --no-cache-dir --no-binary onedl-mmcv \
-        -w "$cache" onedl-mmcv 2>&1 | tee "$cache/build.log" |
-        awk 'match($0, /\[[0-9]+\/[0-9]+\]/) { printf "\r%s", substr($0, RSTART, RLENGTH); fflush() } END { print "" }' || {
+        pip wheel -v --no-build-isolation --no-deps --no-cache-dir -w "$cache" "$source" 2>&1 | tee "$cache/build.log" |
+        show_progress
+    rm -rf "$source"
+}
+
+install_any() {  # FOLDER...: installs from the first folder whose wheel loads
+    local folder
+    for folder; do
+        if install_mmcv "$folder"; then return; fi
+    done
+    return 1
+}
+
+if ! install_any "$cache" ${MMCV_WHEELS:+"$MMCV_WHEELS" "$MMCV_WHEELS"/*/}; then
+    echo "== mmcv's ops for $key, compiled once: about 8 minutes on 2 idle cores (log: $cache/build.log)"
+    compile_mmcv || {
         tail -n 30 "$cache/build.log" >&2
-        echo "mmcv did not compile. Install a C++17 compiler and the Python headers, or see the log: $cache/build.log" >&2
+        echo "mmcv did not compile. It needs a C++20 compiler and the Python headers; the log is $cache/build.log" >&2
         exit 1
     }
     install_mmcv "$cache"
 fi
 
-echo "== mmasl and its other dependencies"
-pip install -c constraints.txt -e '.[det,cls,demo,test]'
-"$VENV/bin/python" -c 'import mmasl, mmcv.ops, mmdet.models, mmpretrain.models'
-touch "$VENV/.installed"
+echo "== MMDetection, MMPretrain and mmasl"
+pip install -q -e '.[det,cls,demo,test]'
+"$VENV/bin/python" -c 'import mmasl.registry, mmcv.ops, mmdet.models, mmpretrain.models'
+touch "$VENV/.installed-cls" "$VENV/.installed"

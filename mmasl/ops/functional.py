@@ -22,8 +22,7 @@ Parameter = float | Tensor
 REDUCTIONS = ('none', 'sum')
 IMPLEMENTATIONS = ('triton', 'inductor', 'eager')
 _asked: dict[str, str | None] = {'implementation': None}  # by use_implementation
-# Not in torch 2.4 and 2.5: there the gradient is never scaled in place.
-_graph_is_kept = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', lambda: True)
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 @contextmanager

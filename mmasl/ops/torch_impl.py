@@ -260,8 +260,6 @@ def unavailable_reason() -> str:
     """Why the formula cannot be compiled here; empty if it can."""
     try:
         import torch._dynamo
-        if not hasattr(torch._dynamo.config, 'recompile_limit'):
-            return f'torch 2.6 or newer is needed, and this is {torch.__version__}'
         from torch._inductor.cpp_builder import get_cpp_compiler
         get_cpp_compiler()
     except Exception as error:  # its class differs between versions of torch
