@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -30,9 +31,8 @@ from mmasl.utils.files import atomic_write
 TRAIN = Path(__file__).parents[2] / 'tools' / 'train.py'
 TEST = TRAIN.with_name('test.py')
 TEST_LINE = re.compile(r'Epoch\(test\)\s+\[\s*(\d+)/(\d+)\].*?eta: ([\d:]+(?: days?, [\d:]+)?)')
-TRAIN_LINE = re.compile(r'Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: ([\d:]+(?: days?, [\d:]+)?)')
+TRAIN_LINE = re.compile(r'Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\]')
 ORIGIN = ('commit', 'date', 'torch', 'device')  # columns that write_rows adds
-REPORT_SECONDS = 20.  # between two reports of the progress where the output is not a terminal
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self._folder = Path(self.work_dir)
+        self._begin: tuple[float, float] | None = None  # time in seconds and epochs done when progress was first seen
 
     @property
     def name(self) -> str:
@@ -113,7 +114,8 @@ class Run:
         command = [sys.executable, *launch, *what, *['--launcher', 'pytorch'] * (gpus > 1)]
         if options:
             command += ['--cfg-options', *options]
-        env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'}
+        # Threads that spin while they wait make a run many times slower where other processes are busy.
+        env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'OMP_WAIT_POLICY': 'PASSIVE', 'PYTHONUNBUFFERED': '1'}
         if devices is not None:
             env['CUDA_VISIBLE_DEVICES'] = devices
         with open(self._folder / 'train.txt', 'a') as output:
@@ -124,20 +126,39 @@ class Run:
         self._stamp(finished=True)
 
     def progress(self) -> str:
-        """One line: epoch, remaining time and the main metrics of the last evaluation."""
-        tested, steps = (pattern.findall(self.tail(20000)) for pattern in (TEST_LINE, TRAIN_LINE))
-        if self.checkpoint and tested:
+        """One line: epoch, remaining time and the main metrics of the last evaluation.
+
+        The remaining time follows from the epochs since this process started or resumed the run, evaluations included.
+        """
+        if self.checkpoint and (tested := TEST_LINE.findall(self.tail(20000))):
             return 'batch {}/{}  {} left'.format(*tested[-1])
-        if not steps:
+        done = self.epochs_done()
+        if done is None:
             return 'starting'
-        epoch, step, steps_per_epoch, eta = steps[-1]
-        text = f'epoch {epoch}  step {step}/{steps_per_epoch}  {eta} left'
-        evaluations = self.evaluations()
-        if evaluations:
+        text = f'epoch {done:.1f} of {self._epochs}'
+        now = time.monotonic()
+        if self._begin is None:
+            self._begin = now, done
+        elif done > self._begin[1]:
+            seconds = (now - self._begin[0]) / (done - self._begin[1]) * (self._epochs - done)
+            text += f'  about {duration(seconds)} left'
+        if evaluations := self.evaluations():
             last = evaluations[-1]
             text += ''.join(f'  {key.split("/")[1]} {last[key]:.3g}'
                             for key in ('multi-label/mAP', 'coco/bbox_mAP', 'accuracy/top1') if key in last)
         return text
+
+    def epochs_done(self) -> float | None:
+        """Epochs trained so far, with fractions; None before the first logged step."""
+        steps = TRAIN_LINE.findall(self.tail(20000))
+        if not steps:
+            return None
+        epoch, step, steps_per_epoch = map(int, steps[-1])
+        return epoch - 1 + step / steps_per_epoch
+
+    @cached_property
+    def _epochs(self) -> int:
+        return self._config().train_cfg.max_epochs
 
     def tail(self, size: int) -> str:
         """The last ``size`` bytes of the output."""
@@ -170,14 +191,22 @@ class Run:
         """Path of the last checkpoint. It is looked up in the work dir, because the folder may have been moved."""
         return str(self._folder / Path((self._folder / 'last_checkpoint').read_text().strip()).name)
 
-    def _settings(self) -> str:
+    def _config(self) -> Config:
         cfg = Config.fromfile(self.config)
         cfg.merge_from_dict(dict(self.options))
-        return fingerprint(cfg)
+        return cfg
+
+    def _settings(self) -> str:
+        return fingerprint(self._config())
 
     def _stamp(self, finished: bool) -> None:
         stamp = dict(config=self.config, options=self.options, settings=self._settings(), finished=finished)
         atomic_write(self._folder / 'run.json', (json.dumps(stamp, indent=2) + '\n').encode())
+
+
+def duration(seconds: float) -> str:
+    """A duration as '40 s' or '3 min'."""
+    return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} min'
 
 
 def fingerprint(cfg: Config) -> str:
@@ -231,7 +260,7 @@ def train(runs: Sequence[Run], jobs: int | None = None, gpus: int = 1) -> None:
     jobs = max(1, min(jobs or (cores if devices == [None] else len(devices)), len(waiting)))
     free = [devices[place % len(devices)] for place in range(jobs)]
     running: dict[str, tuple[Run, subprocess.Popen, str | None]] = {}
-    console, reported = Console(soft_wrap=True, highlight=False, markup=False), time.monotonic()
+    console, reported = Console(soft_wrap=True, highlight=False, markup=False), dict[str, int]()
     # Without this handler, SIGTERM would leave the child processes running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))
     try:
@@ -253,9 +282,12 @@ def train(runs: Sequence[Run], jobs: int | None = None, gpus: int = 1) -> None:
                     console.print(f'{run.name}: done')
                 lines = [f'{run.name}: {run.progress()}' for run, *_ in running.values()]
                 live.update(Text('\n'.join([*lines, *(f'{run.name}: waiting' for run in waiting)])), refresh=True)
-                if not console.is_terminal and time.monotonic() - reported > REPORT_SECONDS:
-                    console.print('\n'.join(lines))
-                    reported = time.monotonic()
+                if not console.is_terminal:  # a log file gets one line an epoch
+                    for (run, *_), line in zip(list(running.values()), lines):
+                        epochs = int(run.epochs_done() or 0)
+                        if epochs > reported.get(run.work_dir, 0):
+                            reported[run.work_dir] = epochs
+                            console.print(line)
     finally:
         for _, process, _ in running.values():
             process.terminate()

@@ -29,7 +29,7 @@ with open(vis / 'scalars.json', 'w') as file:
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     (tmp_path / 'train.py').write_text(SCRIPT)
-    (tmp_path / 'config.py').write_text('model = dict(depth=18)\n')
+    (tmp_path / 'config.py').write_text('model = dict(depth=18)\ntrain_cfg = dict(max_epochs=2)\n')
     monkeypatch.setattr(runs, 'TRAIN', tmp_path / 'train.py')
     return Run(str(tmp_path / 'config.py'), str(tmp_path / 'work' / 'first'), {'model.depth': 34})
 
@@ -40,10 +40,18 @@ def test_a_run_is_trained_once_and_read_back(run, capsys):
     assert run.finished
     assert 'first: done' in capsys.readouterr().out
     assert run.evaluations() == [{'multi-label/mAP': 40., 'step': 1}, {'multi-label/mAP': 80., 'step': 2}]
-    assert run.progress() == 'epoch 2  step 50/188  0:01:24 left  mAP 80'
+    assert run.progress() == 'epoch 1.3 of 2  mAP 80'
     assert run.last_checkpoint() == str(Path(run.work_dir) / 'epoch_2.pth')
     train([run])
     assert capsys.readouterr().out == '', 'a finished run must not be trained again'
+
+
+def test_the_remaining_time_counts_from_the_start_of_this_process(run, monkeypatch):
+    """Epochs before a resume took other time, and MMEngine's own estimate lacks the evaluations."""
+    train([run])
+    run._begin = 100., 0.5
+    monkeypatch.setattr(runs.time, 'monotonic', lambda: 100. + 60 * (50 / 188 + 0.5))
+    assert run.progress() == 'epoch 1.3 of 2  about 44 s left  mAP 80'
 
 
 def test_an_interrupted_run_goes_on(run):
