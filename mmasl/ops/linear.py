@@ -70,12 +70,12 @@ def linear_asymmetric_loss(features: Tensor,
 
     def loss_of(logits: Tensor, classes: slice, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, gradient by the logits and probability sums of some classes."""
-        own: Any = [as_parameter(value[classes] if isinstance(value, Tensor) and value.dim() else value, logits, name)
-                    for name, value in parameters.items()]
+        g_pos, g_neg, margin, factor = (
+            as_parameter(value[classes] if isinstance(value, Tensor) and value.dim() else value, logits, name)
+            for name, value in parameters.items())
         try:
-            # The gradient here must not underflow to 0 in float16, so the logits are float32 at least.
-            return _forward(logits, target_of(classes), None, None, *own, alpha, detach_focusing, ignore_index, 'sum',
-                            pick_implementation(logits), need_grad, return_sums)
+            return _forward(logits, target_of(classes), None, None, g_pos, g_neg, margin, factor, alpha,
+                            detach_focusing, ignore_index, 'sum', pick_implementation(logits), need_grad, return_sums)
         except DataError as error:
             raise DataError(f'{error} (column 0 here is class {classes.start})') from None
 

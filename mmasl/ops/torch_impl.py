@@ -259,7 +259,6 @@ def blocks(logits: Tensor) -> list[slice]:
 def unavailable_reason() -> str:
     """Why the formula cannot be compiled here; empty if it can."""
     try:
-        import torch._dynamo
         from torch._inductor.cpp_builder import get_cpp_compiler
         get_cpp_compiler()
     except Exception as error:  # its class differs between versions of torch
