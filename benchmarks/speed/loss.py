@@ -152,7 +152,7 @@ def measure(device: str) -> Iterator[dict]:
             wall = in_turn(calls, 2)
         else:
             small = shape in SMALL
-            times = wall = in_turn(calls, 10 if small else 20, repeat=20 if small else 1)
+            times = wall = in_turn(calls, 15, statistic=min, repeat=20) if small else in_turn(calls, 20)
         for (name, kind), time in times.items():
             must_move = 2 * logits.nbytes + target.nbytes
             yield dict(
