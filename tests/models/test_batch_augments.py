@@ -81,7 +81,8 @@ def test_loss_of_a_mixed_image_is_the_mixture_of_losses(augment, given):
     assert ((share > 0) & (share < 1)).any() and torch.allclose(share.sum(1), torch.ones(6))
     loss = model.loss(data['inputs'], data['data_samples'])['loss']
     logits = model(data['inputs'])
-    parts = torch.stack([asymmetric_loss(logits, row.expand(6, -1), gamma_pos=1., gamma_neg=4., clip=0.05) for row in LABELS], dim=1)
+    parts = torch.stack([asymmetric_loss(logits, row.expand(6, -1), gamma_pos=1., gamma_neg=4., clip=0.05)
+                         for row in LABELS], dim=1)
     torch.testing.assert_close(loss, (share[:, :, None] * parts).sum(1).float())
 
 
