@@ -20,8 +20,9 @@ from torch import Tensor
 from mmasl.errors import DataError
 
 LARGE = 2**20  # elements; from here on a compilation of half a minute pays
-BLOCK = {'cpu': 2**17}  # elements; on the CPU the temporaries of a block stay in the cache
-ACCELERATOR_BLOCK = 2**26  # bounds the memory of temporaries
+# Elements of a block at least, and less than twice as many; on the CPU its temporaries stay in the cache.
+BLOCK = {'cpu': 2**16}
+ACCELERATOR_BLOCK = 2**25
 # Constants as tensors, since PyTorch converts a Python number at each call, for twice the time of the operation.
 ONE = {dtype: torch.ones((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 TINY = {dtype: torch.full((), torch.finfo(dtype).tiny, dtype=dtype) for dtype in ONE}
@@ -67,14 +68,14 @@ def negative_part(x: Tensor, gamma: Tensor, clip: Tensor | float,
     # -log(1 - p_m) = log(1 + p_m / (1 - p_m)), accurate for small and for large p_m; 1 - p_m = q + m. Without a margin
     # q underflows for large x, where -log q is x to rounding.
     odds = p_m / (q + clip)
-    log_term = odds.log1p().minimum(x.clamp_min(40))
+    log_term = odds.log1p().clamp_max_(x.clamp_min(40))
     # Above 0, p_m has a finite logarithm. The gradient is (odds + gamma log_term) / p_m * p_m^gamma * p * q, and where
     # q underflows the product of its first and last factor is 1.
     p_m = p_m.clamp_min_(tiny)
     q.clamp_min_(tiny)
     focus = p_m.log().mul_(gamma).exp_()
-    grad = odds if detach else torch.addcmul(odds, gamma, log_term)
-    grad = grad.clamp_max_(1 / tiny).div_(p_m).mul_(focus).mul_(p).mul_(q)
+    odds = odds if detach else torch.addcmul(odds, gamma, log_term)
+    grad = odds.clamp_max_(1 / tiny).div_(p_m).mul_(focus).mul_(p).mul_(q)
     return log_term.mul_(focus), grad, p, q
 
 
@@ -249,8 +250,9 @@ def _cut(x: Tensor | None, part: slice) -> Tensor | None:
 
 def blocks(logits: Tensor) -> list[slice]:
     """Rows of (N, C) logits in blocks."""
-    rows, classes = logits.shape
-    step = max(BLOCK.get(logits.device.type, ACCELERATOR_BLOCK) // max(classes, 1), 1)
+    rows = len(logits)
+    count = logits.numel() // BLOCK.get(logits.device.type, ACCELERATOR_BLOCK)
+    step = max(-(-rows // max(count, 1)), 1)
     return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
 
 
