@@ -131,9 +131,9 @@ def test_reads_what_the_stock_head_returns():
     expected = evaluate(MultiLabelMetric(), logits.sigmoid().numpy(), labels)
     for label in (lambda y: DataSample().set_gt_score(y), lambda y: DataSample().set_gt_label(y.nonzero()[0])):
         with DefaultScope.overwrite_default_scope('mmpretrain'):
-            evaluator = Evaluator(metrics=dict(type='mmasl.MultiLabelMetric'))
+            evaluator, head = Evaluator(metrics=dict(type='mmasl.MultiLabelMetric')), MultiLabelClsHead()
         evaluator.dataset_meta = dict(classes=('a', 'b', 'c', 'd'))
-        evaluator.process(MultiLabelClsHead().predict((logits, ), [label(y) for y in labels]))
+        evaluator.process(head.predict((logits, ), [label(y) for y in labels]))
         assert {k.split('/')[1]: v for k, v in evaluator.evaluate(20).items()} == expected
 
 
