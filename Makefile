@@ -18,9 +18,9 @@ $(VENV)/.installed-cls: setup.py constraints.txt tools/setup_env.sh
 demo: setup-cls
 	$(PY) tools/demo.py
 
-# One torch thread for each worker: with more, two cores are slower.
+# One torch thread for each worker: with more, two cores are slower. A file's fixtures are built once.
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile -m "not slow"
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow

@@ -102,6 +102,7 @@ def test_import_needs_no_network_and_writes_nothing(watched):
     assert not written
 
 
+@pytest.mark.slow
 def test_training_writes_to_its_work_dir_alone(watched, tmp_path):
     data = DigitScenes(train=8, val=4, colors=1).write(tmp_path / 'digits')
     (tmp_path / 'config.py').write_text(f"""

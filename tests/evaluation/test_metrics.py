@@ -264,6 +264,7 @@ def evaluate_on_rank(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
     torch.multiprocessing.spawn(evaluate_on_rank, (str(tmp_path), ), nprocs=2)
     metric = MultiLabelMetric()

@@ -199,6 +199,7 @@ def test_largest_numbers_stay_finite():
             assert value.isfinite() and grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_compiled_formula_is_eager():
     """As large logits on the CPU run, with an ignored label, and in another shape without compiling again."""
     for rows, classes in ((12, 5), (7, 300)):

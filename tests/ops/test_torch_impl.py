@@ -72,6 +72,7 @@ def test_probability_sums(form):
                  atol=1e-5)
 
 
+@pytest.mark.slow
 def test_soft_targets_that_look_hard_at_first_and_bad_ones():
     logits, target = batch_of('dense', 37, 11)
     for value, error in ((0.5, None), (2., r'target 2.0 at \[30, 4\]'), (float('nan'), r'target nan at \[30, 4\]')):

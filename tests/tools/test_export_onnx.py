@@ -212,6 +212,7 @@ def detector(folder):
     return model
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_maps_of_a_detector(detector):
     export_onnx.main(['fcos.py', 'fcos.pth', '--out', 'm.onnx', '--shape', '64', '96'])

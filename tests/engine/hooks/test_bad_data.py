@@ -392,6 +392,7 @@ def test_nan_reaches_neither_ema_nor_the_controlled_gamma(monkeypatch):
     assert seen['ema'] == [0, 1, 2, 3] and len(seen['gap']) == 4 and np.isfinite(seen['gap'][:3]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bad, limit, message', [((0, 2), 2, ''), ((0, 2, 3), 2, 'nor 2 others')])
 def test_workers_count_together_and_an_image_once(bad, limit, message):
     for i in bad:
@@ -457,6 +458,7 @@ def test_hooks_are_added_once():
         CheckDataHook(skip_unreadable=-1)
 
 
+@pytest.mark.slow
 def test_flags_turn_the_checks_off():
     edit('coco/val.json', lambda x: x['categories'].reverse())
     run('coco', '', '--no-check-data')
