@@ -43,11 +43,11 @@ print(f"torch{torch.__version__}-cp{sys.version_info[0]}{sys.version_info[1]}-{d
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mmasl/mmcv$version-$key
 mkdir -p "$cache"
 
-install_mmcv() {  # FOLDER: installs the wheel in it, if there is one, and checks that its ops load
+install_mmcv() {  # FOLDER: installs the wheel in it, if there is one, and runs an op: those of another torch may load
     compgen -G "$1/onedl_mmcv-$version-*.whl" >/dev/null &&
         pip install -q --no-index --find-links "$1" --force-reinstall --no-deps onedl-mmcv 2>/dev/null &&
         pip install -q onedl-mmcv &&
-        "$VENV/bin/python" -c 'import torch, mmcv._ext' 2>/dev/null
+        "$VENV/bin/python" -c 'import torch; from mmcv.ops import nms; nms(torch.ones(1, 4), torch.ones(1), 0.5)' 2>/dev/null
 }
 
 show_progress() {  # reads ninja's [12/78] and prints progress with an estimate; one line in ten if not on a terminal
@@ -88,7 +88,7 @@ install_any() {  # FOLDER...: installs from the first folder whose wheel loads
     return 1
 }
 
-if ! install_any "$cache" ${MMCV_WHEELS:+"$MMCV_WHEELS" "$MMCV_WHEELS"/*/}; then
+if ! install_any "$cache" ${MMCV_WHEELS:+"$MMCV_WHEELS"/*/ "$MMCV_WHEELS"}; then
     echo "== mmcv's ops for $key, compiled once: about 8 minutes on 2 idle cores (log: $cache/build.log)"
     compile_mmcv || {
         tail -n 30 "$cache/build.log" >&2
