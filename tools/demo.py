@@ -6,6 +6,7 @@ Everything goes to data/ and work_dirs/. Finished trainings are not repeated; in
 """
 import argparse
 import datetime
+import importlib
 import os
 import platform
 import subprocess
@@ -56,8 +57,8 @@ def main() -> None:
                         help='train only the two models with ASL, and write their picture of predictions to FILE')
     args = parser.parse_args()
     begin = time.monotonic()
-    print('Cross-entropy, focal loss and ASL on handwritten digits. On 2 idle cores the classifiers take 3 minutes.'
-          '\nThe detectors take 8 more, after the one-time preparation of detection. An interrupted demo goes on '
+    print('Cross-entropy, focal loss and ASL on handwritten digits: first three classifiers, then two detectors, after '
+          'a\none-time preparation. On 2 idle cores the trainings take about 12 minutes. An interrupted demo goes on '
           'where it stopped.', flush=True)
 
     print('== data and pre-training on single digits', flush=True)
@@ -84,11 +85,12 @@ def main() -> None:
 
 
 def prepare_detection() -> None:
-    """Install MMDetection and mmcv's compiled ops, unless they are there. They are used by child processes only."""
+    """Install MMDetection and mmcv's compiled ops, unless they are there."""
     if subprocess.run([sys.executable, '-c', 'import mmcv.ops, mmdet'], capture_output=True).returncode:
         setup = Path(__file__).with_name('setup_env.sh')
-        if subprocess.run([setup], env={**os.environ, 'VENV': sys.prefix}).returncode:
+        if subprocess.run([setup], env={**os.environ, 'PYTHON': sys.executable, 'VENV': sys.prefix}).returncode:
             raise MMASLError(f'{setup.name} failed: see the lines above. The results of the classifiers remain')
+        importlib.invalidate_caches()  # the picture needs the new packages in this process
 
 
 def write_results(classifiers: dict[str, Run], detectors: dict[str, Run], out: Path, begin: float) -> None:
