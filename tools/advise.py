@@ -6,7 +6,7 @@ and downloads nothing.
 import argparse
 import logging
 import sys
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 
 from mmengine.config import Config, DictAction
 from mmengine.registry import DefaultScope
@@ -56,15 +56,26 @@ def configure(args: argparse.Namespace) -> Config:
     return cfg
 
 
+@contextmanager
+def only_errors_logged():
+    """MMEngine logs the initialisation of every single parameter."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 @exit_on_user_error()
 @safe_checkpoint_loading()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(build_parser(), argv)
     cfg = configure(args)
-    logging.disable(logging.WARNING)  # one message per initialised parameter
     report = sys.stdout
     # Libraries print progress; only the report goes to stdout.
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')), redirect_stdout(sys.stderr):
+    with (only_errors_logged(), redirect_stdout(sys.stderr),
+          DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine'))):
         for paragraph in advise(cfg, args.config, args.batches, args.gpus, args.plot, progress):
             print(paragraph, end='\n\n', file=report, flush=True)
 

@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('LOCAL_RANK', '0')
     yield tmp_path
-    logging.disable(logging.NOTSET)
+    assert logging.root.manager.disable == logging.NOTSET, 'the tool leaves logging as it was'
 
 
 @pytest.fixture
