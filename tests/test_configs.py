@@ -263,14 +263,16 @@ def kinds(name: str) -> set[str]:
     return {json.dumps(part, sort_keys=True) for part in (model, data)}
 
 
-def one_of_each_kind() -> list[str]:
-    """Names of few configs that have all kinds of models and of data."""
+def one_of_each_kind() -> list:
+    """Few configs that have all kinds of models and of data. Those with a new model and new data at once are fast,
+    and the flagship."""
     seen, chosen = set(), []
     for new in (2, 1):
         for name in PATHS:
             if not any(head in name for head in HEADS) and len(kinds(name) - seen) >= new:
                 seen |= kinds(name)
-                chosen.append(name)
+                fast = new == 2 or name == 'fcos_asl_coco'
+                chosen.append(pytest.param(name, marks=[] if fast else [pytest.mark.slow]))
     return chosen
 
 

@@ -95,6 +95,7 @@ socket.socket().connect_ex(('127.0.0.1', 9))
     assert network == ['localhost', "('127.0.0.1', 9)"]
 
 
+@pytest.mark.slow
 def test_import_needs_no_network_and_writes_nothing(watched):
     output, written, network = watched('-c', IMPORT_ALL)
     assert {'mmasl.models.losses.asymmetric_loss', 'mmasl.datasets.coco', 'mmasl.apis'} <= set(output.split())

@@ -187,7 +187,9 @@ def test_gradient_at_the_margin_is_the_right_one():
 
 @settings
 @detach
-@pytest.mark.parametrize('shape', [(13, 4), (2, 5, 3), (1, 1), (6, 1)], ids=str)
+@pytest.mark.parametrize('shape', [
+    (13, 4), pytest.param((2, 5, 3), marks=pytest.mark.slow), (1, 1), pytest.param((6, 1), marks=pytest.mark.slow)],
+    ids=str)
 def test_labels_are_one_hot_targets(setting, detach, shape):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(shape, generator=generator) * 4

@@ -35,6 +35,7 @@ def compare(form, settings, dtype=torch.float32, rows=37, classes=11, **kwargs):
         assert_close(inductor[1], eager[1], **tolerance)
 
 
+@pytest.mark.slow
 def test_dense_sum_and_extremes():
     compare('dense', WITHOUT_ALPHA[:1], reduction='sum')
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -298,6 +298,7 @@ def test_killed_in_an_epoch(digits, whole):
     assert_same_run(whole, 'w')
 
 
+@pytest.mark.slow
 def test_killed_in_the_write_of_a_checkpoint(digits, whole):
     write_classifier(digits, BEST)
     argv = ['tiny.py', '--work-dir', 'w', '--resume']
@@ -424,6 +425,7 @@ def test_a_file_that_may_not_grow(digits):
     checkpoint('w/epoch_1.pth')
 
 
+@pytest.mark.slow
 def test_a_full_disk(digits, whole):
     write_classifier(digits, NO_BEST)
     code, text = run('tiny.py', '--work-dir', 'small', prepare=mount_small_disk, argument=5)
@@ -563,7 +565,9 @@ def refusal(tool: str, monkeypatch) -> str:
     return str(stop.value)
 
 
-@pytest.mark.parametrize('tool', TOOLS)
+@pytest.mark.parametrize('tool', [
+    pytest.param(tool, marks=[pytest.mark.slow] if tool in ('calibrate', 'inspect_errors', 'export_onnx') else [])
+    for tool in TOOLS])
 def test_a_hostile_checkpoint_executes_nothing(good, monkeypatch, tool):
     by_getattr('bad.pth')
     message = refusal(tool, monkeypatch)
@@ -584,13 +588,17 @@ def test_a_config_in_a_checkpoint_is_not_executed(digits, whole):
     assert not Path('owned').exists()
 
 
-@pytest.mark.parametrize('tool', ['train', 'train resumed', 'test', 'infer'])
+@pytest.mark.parametrize('tool', [
+    'train', pytest.param('train resumed', marks=pytest.mark.slow), pytest.param('test', marks=pytest.mark.slow),
+    'infer'])
 def test_another_model(good, monkeypatch, tool):
     other_model('bad.pth')
     assert re.search('does not fit the model|cannot be resumed', refusal(tool, monkeypatch))
 
 
-@pytest.mark.parametrize('tool', ['test', 'calibrate', 'inspect_errors', 'infer', 'export_onnx'])
+@pytest.mark.parametrize('tool', [
+    'test', 'infer',
+    *[pytest.param(tool, marks=pytest.mark.slow) for tool in ('calibrate', 'inspect_errors', 'export_onnx')]])
 def test_another_number_of_classes(good, monkeypatch, tool):
     other_classes('bad.pth')
     message = refusal(tool, monkeypatch)

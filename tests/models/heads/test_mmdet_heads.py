@@ -62,6 +62,7 @@ HEADS = {
     'yolox': ('yolox/yolox_tiny_8xb8-300e_coco', {}),
 }
 MASK_HEADS = ('rtmdet-ins', 'solo', 'decoupled-solo', 'solov2', 'condinst')
+FAST = ('fcos', 'atss', 'retinanet', 'gfl', 'vfnet', 'rtmdet', 'tood-late', 'condinst', 'dino', 'yolox')
 PREDICTING = ('fcos', 'retinanet', 'tood-late', 'rtmdet', 'gfl', 'conditional-detr', 'sparse-rcnn', 'yolox')
 
 
@@ -177,7 +178,8 @@ def has_positive(pred, target):
     return bool((target > 0).any() if target.shape == pred.shape else (target < pred.shape[-1]).any())
 
 
-@pytest.mark.parametrize('head', HEADS)
+@pytest.mark.parametrize('head', [
+    pytest.param(head, marks=[] if head in FAST else [pytest.mark.slow]) for head in HEADS])
 def test_swapped_loss(head):
     """Where the stock loss is a setting of the asymmetric loss, every loss of the model and every gradient that the
     classification layers receive are the same, with and without objects. The same model then trains with focusing, and
