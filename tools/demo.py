@@ -37,6 +37,7 @@ from mmasl.utils.checkpoint import read_checkpoint
 from mmasl.utils.markdown import markdown_table
 from mmasl.utils.tools import exit_on_user_error
 
+EPOCHS = 4  # of the classifiers: half of their configs', for a first table within minutes
 LOSSES = {'bce': 'cross-entropy', 'focal': 'focal loss', 'asl': 'ASL'}
 IMAGES = 6  # in the picture of predictions
 LABEL_SCORE, BOX_SCORE, IOU = 0.5, 0.3, 0.5  # thresholds of a shown label, of a shown box, and of a correct box
@@ -45,6 +46,12 @@ LABEL_SCORE, BOX_SCORE, IOU = 0.5, 0.3, 0.5  # thresholds of a shown label, of a
 def digits_run(config: str) -> Run:
     """The run of ``tools/train.py configs/digits/CONFIG.py``."""
     return Run(f'configs/digits/{config}.py', f'work_dirs/{config}')
+
+
+def classifier_run(loss: str) -> Run:
+    """A shorter run, in a folder of its own, of ``configs/digits/resnet_LOSS_digits.py``."""
+    name = f'resnet_{loss}_digits'
+    return Run(f'configs/digits/{name}.py', f'work_dirs/demo/{name}', {'train_cfg.max_epochs': EPOCHS})
 
 
 @exit_on_user_error()
@@ -67,7 +74,7 @@ def main() -> None:
     scenes.start()
     train([digits_run('resnet_ce_glyphs')])
     scenes.join()
-    classifiers = {loss: digits_run(f'resnet_{loss}_digits') for loss in LOSSES}
+    classifiers = {loss: classifier_run(loss) for loss in LOSSES}
     detectors = {loss: digits_run(f'fcos_{loss}_digits') for loss in ('focal', 'asl')}
     shown = ['asl'] if args.picture else list(LOSSES)
     print('== classifiers', flush=True)
