@@ -7,8 +7,10 @@ import pytest
 from mmengine.config import config as mmengine_config
 from mmengine.config import utils as mmengine_config_utils
 
-# Run Triton kernels on the CPU. triton reads the variable when it is imported.
-os.environ.setdefault('TRITON_INTERPRET', '1')
+# Run Triton kernels on the CPU, unless the tests of kernels run on a GPU (benchmarks/gpu.py). triton reads the variable
+# when it is imported.
+if os.environ.get('MMASL_DEVICE', 'cpu') == 'cpu':
+    os.environ.setdefault('TRITON_INTERPRET', '1')
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -16,7 +16,7 @@ try:
     _no_triton = ''
 except ImportError as error:
     triton_impl = None  # type: ignore[assignment]
-    _no_triton = f'Triton 3.4 or newer is needed ({error})'
+    _no_triton = 'Triton is not installed' if error.name == 'triton' else str(error)
 
 Parameter = float | Tensor
 REDUCTIONS = ('none', 'sum')
@@ -30,7 +30,7 @@ def use_implementation(name: str) -> Iterator[None]:
     """Run the losses with one implementation inside a ``with`` block, instead of the fastest available one.
 
     Args:
-        name: 'triton' (one kernel; NVIDIA GPUs, not float64), 'inductor' (torch.compile; CPU), or 'eager'.
+        name: 'triton' (one kernel; GPUs, not float64), 'inductor' (torch.compile; CPU), or 'eager'.
 
     Raises:
         ConfigError: ``name`` is unknown.

@@ -1,34 +1,88 @@
 """The loss, its gradient and the probability sums in one Triton kernel, which reads the logits once.
 
 A program handles a tile of rows and classes. A reduction writes one number per tile or class, and a second, short sum
-adds
-them in a fixed order: without atomics results are deterministic. The kernel reads all parameters from memory, so
+adds them in a fixed order: without atomics results are deterministic. The kernel reads all parameters from memory, so
 changing one does not recompile it.
 """
+import logging
 from math import prod
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
+from torch.utils._python_dispatch import _disable_current_modes
 
+from mmasl.ops import torch_impl
 from mmasl.ops.torch_impl import Problem, Result
+
+try:
+    from triton import knobs
+    from triton.language.extra import libdevice
+except ImportError:
+    raise ImportError(f'the kernel needs Triton 3.4 or newer, and Triton {triton.__version__} is installed') from None
 
 TILE = 2048  # elements of a program
 INTERPRETED = knobs.runtime.interpret  # by TRITON_INTERPRET=1, which runs the kernel on the CPU
 FAST = tl.constexpr(not INTERPRETED)
+HIP = tl.constexpr(torch.version.hip is not None)
 MODES = {'none': 1, 'sum': 2}  # what the kernel writes as the loss
+_checked: dict[tuple[torch.device, torch.dtype], str] = {}  # what check returned, once per process
 
 
 def unavailable_reason(logits: Tensor) -> str:
-    """Why the kernel cannot run on these logits; empty if it can."""
-    if torch.version.hip:
-        return 'the kernel uses instructions of NVIDIA GPUs, and this torch is built for ROCm'
-    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f'the kernel computes in float32, and the logits are {logits.dtype}'
-    if not logits.is_cuda and not (INTERPRETED and logits.device.type == 'cpu'):
-        return f'the kernel needs CUDA, and the logits are on {logits.device}'
+    """Why the kernel cannot run on these logits; empty if it can. The first call on a device runs :func:`check`."""
+    return _unavailable_reason(logits.device, logits.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _unavailable_reason(device: torch.device, dtype: torch.dtype) -> str:
+    reason = _checked.get((device, dtype))
+    if reason is not None:
+        return reason
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f'the kernel computes in float32, and the logits are {dtype}'
+    if device.type != 'cuda' and not (INTERPRETED and device.type == 'cpu'):
+        return f'the kernel needs a GPU of NVIDIA or AMD, and the logits are on {device}'
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        return 'PyTorch finds no GPU'
+    if device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
+        return 'its first call compares it with PyTorch, which the capture of a CUDA graph forbids: call a loss first'
+    with _disable_current_modes():  # of torch.compile and torch.export, which have no values
+        reason = check(device, dtype)
+    if reason:
+        logging.getLogger('mmasl').warning('The Triton kernel is not used on %s for %s: %s', device, dtype, reason)
+    _checked[device, dtype] = reason
+    return reason
+
+
+def check(device: torch.device, dtype: torch.dtype) -> str:
+    """Compare the kernel with the PyTorch formula in float64 on a small input, for the first call on a device.
+
+    A GPU or a version of Triton that nobody has tried then costs speed and no training. Takes a host sync, and as long
+    as a compilation of the kernel, which Triton keeps on disk.
+
+    Returns:
+        What is wrong; empty if value, gradient and probability sums agree.
+    """
+    def problem(device: torch.device | str, dtype: torch.dtype, parameter_dtype: torch.dtype) -> Problem:
+        # 37 x 11, which fills no tile, and logits that bfloat16 holds. With g+ > 0 and a margin no term drops out.
+        place = torch.arange(407, device='cpu').view(37, 11)
+        hard_and_soft = torch.where(place % 3 == 0, 0.25, (place % 2).double())
+        parameters = (torch.full((), value, dtype=parameter_dtype, device=device) for value in (1., 4., 0.05))
+        return Problem((place % 161 / 2 - 40).to(device, dtype), hard_and_soft.to(device, parameter_dtype), None, None,
+                       *parameters, None, None, False, None, 'sum')
+
+    try:
+        found = run(problem(device, dtype, torch.float32), need_sums=True)
+        expected = torch_impl.run(problem('cpu', torch.float64, torch.float64), need_sums=True)
+        for name, x, y in zip(('loss', 'gradient', 'probability sums'), found, expected):
+            assert x is not None and y is not None
+            error = ((x.cpu().double() - y).abs() / y.abs().clamp_min(1e-4)).max().item()
+            if not error < max(1e-3, 4 * torch.finfo(x.dtype).eps):
+                return f"its {name} differs from the PyTorch formula's by {error:.1%}"
+    except Exception as error:  # Triton's and the driver's classes of errors are many
+        return f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[-1]}'
     return ''
 
 
@@ -243,8 +297,8 @@ def _parameter(ptr, first_class, c, class_mask, PER_CLASS: tl.constexpr):
 @triton.jit
 def _negative_part(z, gamma, clip, DETACH: tl.constexpr):
     """-L-, its derivative by z, p and q = 1 - p, for z of any size. Every operation counts: see docs/speed.md."""
-    e = _exp2(tl.abs(z) * -1.4426950408889634)
-    r = _reciprocal(1 + e)
+    e = tl.exp2(tl.abs(z) * -1.4426950408889634)
+    r = _divide(1., 1 + e)
     p = tl.where(z >= 0, r, e * r)
     q = tl.where(z >= 0, e * r, r)
     p_m = tl.maximum(p - clip, 0.)
@@ -257,8 +311,8 @@ def _negative_part(z, gamma, clip, DETACH: tl.constexpr):
     # With p_m^(gamma - 1) nothing is divided by p_m; kept above 0, its powers are finite.
     p_m = tl.maximum(p_m, 1.2e-38)
     log_p_m = _log2(p_m)
-    power = _exp2(gamma * log_p_m - log_p_m)
-    slope = p_m * tl.where(clip == 0, 1., q * _reciprocal(rest))
+    power = tl.exp2(gamma * log_p_m - log_p_m)
+    slope = p_m * tl.where(clip == 0, 1., _divide(q, rest))
     if not DETACH:
         slope += gamma * (q * log_term)
     # At p = m the side p > m counts: gamma = 0 without a margin is cross-entropy everywhere.
@@ -267,30 +321,21 @@ def _negative_part(z, gamma, clip, DETACH: tl.constexpr):
 
 
 # The hardware's approximations, 2 ulp and without subnormal numbers: 2e-5 relative in all, see
-# tests/ops/test_triton_impl.py. Triton's own functions, which its interpreter knows, take several times as many
-# operations.
-@triton.jit
-def _exp2(x):
-    if FAST:
-        return tl.inline_asm_elementwise('ex2.approx.ftz.f32 $0, $1;', '=f,f', [x], tl.float32, True, 1)
-    else:
-        return tl.exp2(x)
-
-
+# tests/ops/test_triton_impl.py. Triton's interpreter does not know libdevice.
 @triton.jit
 def _log2(x):
-    if FAST:
-        return tl.inline_asm_elementwise('lg2.approx.ftz.f32 $0, $1;', '=f,f', [x], tl.float32, True, 1)
+    if FAST and not HIP:
+        return libdevice.fast_log2f(x)
     else:
         return tl.log2(x)
 
 
 @triton.jit
-def _reciprocal(x):
+def _divide(x, y):
     if FAST:
-        return tl.inline_asm_elementwise('rcp.approx.ftz.f32 $0, $1;', '=f,f', [x], tl.float32, True, 1)
+        return libdevice.fast_dividef(x, y)
     else:
-        return 1 / x
+        return x / y
 
 
 @triton.jit

@@ -5,9 +5,12 @@ import sys
 
 import pytest
 import torch
+from test_functional import DEVICE
 from torch.testing import assert_close
 
+from mmasl.errors import UnavailableError
 from mmasl.ops import asymmetric_loss, triton_impl, use_implementation
+from mmasl.ops.functional import pick_implementation
 
 COMPILE = """
 from triton.backends.compiler import GPUTarget
@@ -15,21 +18,25 @@ from triton.compiler import ASTSource, compile
 from mmasl.ops import triton_impl
 
 
-def build(kernel, arch, types, constants):
+def build(kernel, backend, arch, types, constants):
     names = [p.name for p in kernel.params]
     signature = {name: types.get(name, '*fp32' if name.endswith('_ptr') else 'i32') for name in names}
     signature |= dict.fromkeys(constants, 'constexpr')
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()})
-    print(len(compile(source, target=GPUTarget('cuda', arch, 32), options=dict(num_warps=4)).asm['cubin']) > 1000)
+    triton_impl.HIP.value = backend == 'hip'
+    compiled = compile(source, target=GPUTarget(backend, arch, 32 if backend == 'cuda' else 64))
+    print(backend, len(compiled.asm['cubin' if backend == 'cuda' else 'hsaco']) > 1000)
 
 
 assert not triton_impl.INTERPRETED
-for arch, dtype, target, loss in (80, 'fp32', 'i64', 2), (90, 'bf16', 'fp32', 1), (90, 'fp16', 'u8', 2):
+for arch, dtype, target, loss in ((80, 'fp32', 'i64', 2), (90, 'bf16', 'fp32', 1), (90, 'fp16', 'u8', 2),
+                                  ('gfx942', 'fp32', 'fp32', 2)):
     constants = dict.fromkeys(['MAY_BE_SOFT', 'PER_CLASS_POS', 'PER_CLASS_CLIP', 'DETACH'], loss == 1) | dict(
         HAS_LABELS=target == 'i64', PER_CLASS_NEG=False, LOSS=loss, BLOCK_R=16, BLOCK_C=16, stride_class=1,
         ignore_index=None if loss == 1 else 255, quality_ptr=None)
-    build(triton_impl._kernel, arch, dict(z_ptr='*' + dtype, grad_ptr='*' + dtype, target_ptr='*' + target,
-                                          alpha_pos='fp32', alpha_neg='fp32'), constants)
+    build(triton_impl._kernel, 'cuda' if isinstance(arch, int) else 'hip', arch,
+          dict(z_ptr='*' + dtype, grad_ptr='*' + dtype, target_ptr='*' + target, alpha_pos='fp32', alpha_neg='fp32'),
+          constants)
 """
 
 
@@ -37,7 +44,94 @@ def test_compiles_for_gpus(tmp_path):
     env = dict(os.environ, TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
     done = subprocess.run([sys.executable, '-c', COMPILE], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ['True'] * 3
+    assert done.stdout.splitlines() == ['cuda True'] * 3 + ['hip True']
+
+
+IMPORT = """
+import sys
+from types import ModuleType
+sys.modules['triton'] = None
+from mmasl.ops import functional
+print(functional._no_triton)
+for name in ('triton', 'triton.language'):
+    sys.modules[name] = ModuleType(name)
+sys.modules['triton'].__version__ = '3.3.1'
+try:
+    import mmasl.ops.triton_impl
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_why_triton_cannot_be_used():
+    done = subprocess.run([sys.executable, '-c', IMPORT], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ['Triton is not installed',
+                                        'the kernel needs Triton 3.4 or newer, and Triton 3.3.1 is installed']
+
+
+@pytest.fixture(autouse=True)
+def tensors_on_device():
+    with torch.device(DEVICE):
+        yield
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    monkeypatch.setattr(triton_impl, '_checked', {})
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_first_call_compares_the_kernel_once(unchecked, monkeypatch, dtype):
+    calls = []
+    check = triton_impl.check
+    monkeypatch.setattr(triton_impl, 'check', lambda *place: calls.append(place) or check(*place))
+    logits = torch.zeros(2, 3, dtype=dtype)
+    assert [triton_impl.unavailable_reason(logits) for _ in range(2)] == ['', '']
+    assert calls == [(logits.device, dtype)]
+
+
+@pytest.mark.parametrize('result', [0, 1, 2])
+def test_a_kernel_that_computes_something_else_is_refused(unchecked, monkeypatch, result):
+    run = triton_impl.run
+
+    def wrong(*args, **kwargs):
+        found = list(run(*args, **kwargs))
+        found[result] = found[result] * 1.01
+        return found
+
+    monkeypatch.setattr(triton_impl, 'run', wrong)
+    with use_implementation('triton'), pytest.raises(UnavailableError, match='differs from the PyTorch formula'):
+        pick_implementation(torch.zeros(1))
+
+
+def test_a_kernel_that_does_not_run_is_refused(unchecked, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError('PTX assembly aborted\nptxas: no kernel image for sm_00')
+
+    monkeypatch.setattr(triton_impl, 'run', fail)
+    with use_implementation('triton'), pytest.raises(UnavailableError, match='RuntimeError: .*no kernel image'):
+        pick_implementation(torch.zeros(1))
+
+
+def test_a_first_call_while_a_graph_is_captured(unchecked, monkeypatch):
+    device = torch.device('cuda', 0)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert triton_impl._unavailable_reason(device, torch.float32) == 'PyTorch finds no GPU'
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+    assert 'the capture of a CUDA graph forbids' in triton_impl._unavailable_reason(device, torch.float32)
+    assert not triton_impl._checked, 'a later call checks'
+
+
+def test_first_call_inside_a_compiled_graph(unchecked):
+    @torch.compile(fullgraph=True, backend='eager')
+    def step(logits, target):
+        with use_implementation('triton'):
+            return asymmetric_loss(logits, target, reduction='sum')
+
+    logits, target = torch.randn(7, 5), torch.rand(7, 5)
+    expected = asymmetric_loss(logits, target, reduction='sum')
+    assert_close(step(logits, target), expected)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
