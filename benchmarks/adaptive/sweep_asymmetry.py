@@ -15,9 +15,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mmasl.datasets.digits import DigitScenes
-from mmasl.reproduce.results import END, interval, training_end
+from mmasl.reproduce.results import END, training_end
 from mmasl.reproduce.runs import Run, read_rows, train, write_rows
 from mmasl.utils.markdown import markdown_table
+from mmasl.utils.statistics import interval
 from mmasl.utils.tools import exit_on_user_error
 
 CONFIGS = dict(fixed='configs/digits/resnet_asl_digits_hard.py',

@@ -19,9 +19,10 @@ from mmasl.reproduce.experiments import (
     rows,
 )
 from mmasl.reproduce.numbers import FOOTNOTES, Entry
-from mmasl.reproduce.results import Results, interval
+from mmasl.reproduce.results import Results
 from mmasl.reproduce.runs import ORIGIN
 from mmasl.utils.markdown import markdown_table
+from mmasl.utils.statistics import interval
 
 # Columns of the digits' tables. The first selects the best of several trainings, and is drawn.
 SHOWN = {'Fig. 4': ('mAP', 'train_p_t_pos', 'train_p_t_neg', 'train_gap'), 'Table 13': ('bbox_mAP', 'bbox_mAP_50'),

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from mmengine.config import Config
-from scipy.stats import t
 
 from mmasl.reproduce.experiments import Training
 from mmasl.reproduce.runs import Run, read_rows, write_rows
@@ -120,9 +119,3 @@ def curve(run: Run) -> Iterator[dict[str, str]]:
         near = [row for row, place in zip(steps, shares, strict=True) if share - END <= place <= share]
         yield dict(share=f'{share:.3f}', **{name: f'{np.mean([row[name] for row in near]):.4g}'
                                             for name in ('p_t_pos', 'p_t_neg', 'gap', 'gamma_neg') if name in steps[0]})
-
-
-def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and half-width of its 95 % confidence interval (Student's t; NaN for a single value)."""
-    x, count = np.asarray(values, float), len(values)
-    return x.mean(), t.ppf(0.975, count - 1) * x.std(ddof=1) / count**0.5 if count > 1 else np.nan

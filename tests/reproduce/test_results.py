@@ -1,12 +1,10 @@
 """The scalars and curves of runs, their rows, and the statistics over seeds."""
 import json
 
-import numpy as np
 import pytest
-from scipy.stats import t
 
 from mmasl.reproduce.experiments import rows
-from mmasl.reproduce.results import Results, curve, interval, scalars
+from mmasl.reproduce.results import Results, curve, scalars
 from mmasl.reproduce.runs import Run, read_rows, write_rows
 
 
@@ -22,14 +20,6 @@ def run(tmp_path, monkeypatch):
     (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, [*steps, *evaluations])))
     (tmp_path / 'config.py').write_text("custom_hooks = [dict(type='mmasl.AdaptiveAsymmetryHook', target=0.1)]\n")
     return Run(str(tmp_path / 'config.py'), str(tmp_path / 'run'))
-
-
-def test_interval():
-    values = [1., 2., 4.]
-    mean, half = interval(values)
-    assert mean == pytest.approx(7 / 3)
-    assert half == pytest.approx(t.interval(0.95, 2, scale=np.std(values, ddof=1) / 3**0.5)[1])
-    assert np.isnan(interval([1.])[1])
 
 
 def test_scalars(run):
