@@ -18,9 +18,9 @@ from mmengine.fileio import dump
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from mmasl.reproduce.experiments import COLUMNS, Training, items, rows  # noqa: E402
-from mmasl.reproduce.results import interval  # noqa: E402
 from mmasl.reproduce.runs import read_rows  # noqa: E402
 from mmasl.utils.markdown import fill_blocks, markdown_table  # noqa: E402
+from mmasl.utils.statistics import interval  # noqa: E402
 
 LOSSES = {
     'asl': 'ASL', 'asl-softmax': 'ASL, softmax form', 'adaptive': 'ASL with adaptive asymmetry', 'focal': 'focal loss',
@@ -28,6 +28,7 @@ LOSSES = {
     'bce': 'binary cross-entropy', 'ce': 'cross-entropy'}
 DATA = {  # by the part of a config's name: data set and task
     'coco': ('MS-COCO 2014', 'Multi-Label Classification'), 'voc': ('Pascal VOC 2007', 'Multi-Label Classification'),
+    'corel5k': ('Corel-5k', 'Multi-Label Classification'),
     'nus-wide': ('NUS-WIDE', 'Multi-Label Classification'),
     'open-images': ('Open Images V6', 'Multi-Label Classification'),
     'herbarium': ('Herbarium 2020', 'Image Classification'), 'glyphs': ('glyphs', 'Image Classification'),

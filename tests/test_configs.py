@@ -138,7 +138,8 @@ def test_names_state_the_data():
     """As metafile.yml reads them."""
     kinds = {'data/digits': 'digits', 'data/digits_hard': 'digits, long tail and missing labels',
              'data/glyphs': 'glyphs', 'data/coco': 'MS-COCO 2014', 'data/VOCdevkit/VOC2007': 'Pascal VOC 2007',
-             'data/nus_wide': 'NUS-WIDE', 'data/open_images': 'Open Images V6', 'data/nybg2020/train': 'Herbarium 2020'}
+             'data/corel5k': 'Corel-5k', 'data/nus_wide': 'NUS-WIDE', 'data/open_images': 'Open Images V6',
+             'data/nybg2020/train': 'Herbarium 2020'}
     for name, path in PATHS.items():
         dataset = load(name).train_dataloader.dataset
         while 'dataset' in dataset or 'datasets' in dataset:
@@ -182,6 +183,9 @@ def write_coco(root: str, split: str, classes: tuple[str, ...], folder: str, siz
         annotations=[dict(id=i, image_id=i, category_id=i, bbox=[4, 4, 30, 24], area=720, iscrowd=0) for i in ids])))
 
 
+BOX = '<bndbox><xmin>5</xmin><ymin>5</ymin><xmax>34</xmax><ymax>28</ymax></bndbox>'
+
+
 def write_voc(root: str) -> None:
     ids = ('000005', '000007', '000009', '000012')
     write_images(*(f'{root}/JPEGImages/{i}.jpg' for i in ids))
@@ -189,8 +193,8 @@ def write_voc(root: str) -> None:
         (Path(root) / folder).mkdir(parents=True)
     for i, name in zip(ids, ('chair', 'car', 'horse', 'tvmonitor')):
         (Path(root) / 'Annotations' / f'{i}.xml').write_text(
-            f'<annotation><object><name>{name}</name><difficult>0</difficult></object>'
-            '<object><name>cat</name><difficult>1</difficult></object></annotation>')
+            f'<annotation><object><name>{name}</name><difficult>0</difficult>{BOX}</object>'
+            f'<object><name>cat</name><difficult>1</difficult>{BOX}</object></annotation>')
     for split in ('trainval', 'test'):
         (Path(root) / 'ImageSets/Main' / f'{split}.txt').write_text('\n'.join(ids))
 
@@ -200,6 +204,16 @@ def write_nus_wide(root: str) -> None:
     write_images(*(f'{root}/{name}' for name in names))
     rows = [f'{name},"[\'clouds\', \'sky\']",{"train" if i % 2 else "val"}' for i, name in enumerate(names)]
     (Path(root) / 'nus_wid_data.csv').write_text('\n'.join(['filepath,label,split_name', *rows]))
+
+
+def write_corel5k(root: str) -> None:
+    ids = range(4)
+    write_images(*(f'{root}/images/{i}.jpg' for i in ids))
+    (Path(root) / 'annotations').mkdir()
+    for split in ('train', 'test'):
+        (Path(root) / 'annotations' / f'{split}.json').write_text(json.dumps(dict(
+            metainfo=dict(classes=[f'word {i}' for i in range(374)]),
+            data_list=[dict(img_path=f'{i}.jpg', gt_label=[i, i + 1]) for i in ids])))
 
 
 def write_open_images(root: str) -> None:
@@ -242,6 +256,7 @@ def samples(tmp_path_factory) -> Path:
             for split in ('train', 'val'):
                 write_coco(f'data/{name}', split, digits, split, (64, 64))
         write_voc('data/VOCdevkit/VOC2007')
+        write_corel5k('data/corel5k')
         write_nus_wide('data/nus_wide')
         write_open_images('data/open_images')
         write_herbarium('data/nybg2020/train')

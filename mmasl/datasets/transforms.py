@@ -1,4 +1,7 @@
 """Image transforms of the training recipes that mmcv and MMPretrain lack."""
+import zlib
+from pathlib import Path
+
 import numpy as np
 from mmcv.transforms import BaseTransform
 from mmcv.transforms.utils import cache_randomness
@@ -48,3 +51,45 @@ class Cutout(BaseTransform):
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}(size={self.size})'
+
+
+@TRANSFORMS.register_module()
+class OmitLabels(BaseTransform):
+    """Remove a share of the positive labels of multi-label training images, for experiments with missing labels.
+
+    Whether a label is removed depends on the seed, the file name and the label alone: it is the same in every epoch,
+    and a larger share removes the same labels and more.
+
+    Required key: ``img_path``, and ``gt_label`` (list of int) or ``gt_score`` (array of 1, 0 and -1). Modified key:
+    ``gt_label`` and ``gt_score``, whichever exists.
+
+    Args:
+        share: Probability of each label to be removed, in [0, 1).
+        seed: Seed.
+
+    Raises:
+        ConfigError: ``share`` is out of its range.
+    """
+
+    def __init__(self, share: float, seed: int = 0) -> None:
+        if not 0 <= share < 1:
+            raise ConfigError(f'share={share} is out of range; set a share of the labels in [0, 1).')
+        self.share = share
+        self.seed = seed
+
+    def transform(self, results: dict) -> dict:
+        """Apply the transform to the labels."""
+        name = Path(results['img_path']).name
+        if 'gt_label' in results:
+            results['gt_label'] = [label for label in results['gt_label'] if self._keep(name, label)]
+        if 'gt_score' in results:
+            score = np.array(results['gt_score'])
+            score[[label for label in np.flatnonzero(score > 0) if not self._keep(name, label)]] = 0
+            results['gt_score'] = score
+        return results
+
+    def _keep(self, name: str, label: int) -> bool:
+        return zlib.crc32(f'{self.seed} {name} {label}'.encode()) >= self.share * 2**32
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}(share={self.share}, seed={self.seed})'

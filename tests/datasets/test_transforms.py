@@ -6,7 +6,7 @@ from mmengine.config import Config
 from mmengine.registry import TRANSFORMS, DefaultScope
 from PIL import Image, ImageDraw
 
-from mmasl.datasets.transforms import Cutout
+from mmasl.datasets.transforms import Cutout, OmitLabels
 from mmasl.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -126,3 +126,37 @@ def test_bits_are_as_frequent_as_in_the_official_script(operations, monkeypatch)
     found, levels = applied(posterize, 'posterize', monkeypatch), LEVELS['Posterize'][2][1:]
     for bits in range(9):
         assert (found == bits).mean() == pytest.approx((levels == bits).mean(), abs=0.03 * (4 <= bits <= 8))
+
+
+def omit(share: float, seed: int = 0) -> dict[str, list[int]]:
+    """Labels that remain, by image."""
+    transform = OmitLabels(share, seed)
+    return {name: transform(dict(img_path=f'folder/{name}.jpg', gt_label=list(range(20))))['gt_label']
+            for name in map(str, range(500))}
+
+
+def test_labels_are_omitted_by_name_and_seed():
+    kept = {share: omit(share) for share in (0., 0.3, 0.6)}
+    counts = {share: sum(map(len, labels.values())) for share, labels in kept.items()}
+    assert counts[0.] == 10_000 and kept == {share: omit(share) for share in kept} and kept[0.3] != omit(0.3, seed=1)
+    assert all(set(kept[0.6][name]) <= set(kept[0.3][name]) for name in kept[0.])
+    for share in (0.3, 0.6):  # 5 standard deviations of 10,000 draws
+        assert counts[share] == pytest.approx(10_000 * (1 - share), abs=5 * (10_000 * share * (1 - share))**0.5)
+    # Independent of each other: an image keeps a binomial number of its labels.
+    assert np.var([len(labels) for labels in kept[0.6].values()]) == pytest.approx(20 * 0.6 * 0.4, rel=0.3)
+
+
+def test_scores_lose_the_same_labels():
+    score = np.array([1, 0, -1] * 7, np.float32)
+    before = score.copy()
+    found = OmitLabels(0.5)(dict(img_path='7.jpg', gt_score=score))['gt_score']
+    labels = OmitLabels(0.5)(dict(img_path='7.jpg', gt_label=list(range(0, 21, 3))))['gt_label']
+    np.testing.assert_array_equal(score, before)
+    assert np.flatnonzero(found == 1).tolist() == labels and 0 < len(labels) < 7
+    np.testing.assert_array_equal(found == -1, before == -1)
+
+
+@pytest.mark.parametrize('share', [-0.1, 1])
+def test_share_out_of_range(share):
+    with pytest.raises(ConfigError, match='share of the labels'):
+        OmitLabels(share)
