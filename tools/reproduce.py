@@ -1,7 +1,8 @@
 """Reproduce the tables and figures of arXiv 2009.14119, and show the paper's numbers beside ours.
 
-Trains the rows of a table or figure on the paper's data ('real') or on handwritten digits ('digits'), which train on 2
-CPU cores. Finished trainings are not repeated; interrupted ones are resumed.
+Trains the rows of a table or figure on the paper's data ('real'), on photographs at 128 px with a small pre-trained
+backbone ('photos'), or on handwritten digits ('digits'), which train on 2 CPU cores. Finished trainings are not
+repeated; interrupted ones are resumed.
 """
 import argparse
 import os.path as osp
@@ -40,8 +41,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument('--released', action='store_true',
                       help="also download and evaluate the authors' checkpoints for the table's data set")
     what.add_argument('--render', action='store_true', help='do not train; only write tables and pictures again')
-    parser.add_argument('--data', choices=['digits', 'real'], help="default: 'digits'; both for --list")
-    parser.add_argument('--seeds', type=int, help='trainings per row (default: 3 on digits, 1 on real data)')
+    parser.add_argument('--data', choices=['digits', 'photos', 'real'], help="default: 'digits'; all for --list")
+    parser.add_argument('--seeds', type=int, help='trainings per row (default: 3 on digits, 1 on other data)')
     parser.add_argument('--gpus', type=int, help="GPUs per training on real data, which share the config's total batch "
                         '(default: all); a training on digits uses one process')
     parser.add_argument('--jobs', type=int,
@@ -51,7 +52,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help='folder of rows, tables and pictures; with benchmarks/paper, docs/reproduce.md is updated '
                         'too (default: %(default)s)')
     args = parser.parse_args(argv)
-    args.kinds = [args.data] if args.data else ['real', 'digits'] if args.list else ['digits']
+    args.kinds = [args.data] if args.data else ['real', 'photos', 'digits'] if args.list else ['digits']
     known = list(dict.fromkeys(item for data in args.kinds for item in items(data)))
     chosen = [f'Table {n}' for n in args.table] + [f'Fig. {n}' for n in args.figure] + args.own
     for item in chosen:
@@ -63,8 +64,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, value in (('--seeds', args.seeds), ('--gpus', args.gpus), ('--jobs', args.jobs)):
         if value is not None and value < 1:
             parser.error(f'{name} {value} must be at least 1')
-    if args.kinds == ['digits'] and (args.gpus or 1) > 1:
-        parser.error(f'--gpus {args.gpus}: a training on digits uses one process; use --jobs for several at a time')
+    if args.kinds in (['digits'], ['photos']) and (args.gpus or 1) > 1:
+        parser.error(f'--gpus {args.gpus}: a training on {args.kinds[0]} uses one process; use --jobs for several at a '
+                     'time')
     args.items = known if args.all or not chosen else chosen
     return args
 
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_list(data, [item for item in items(data) if item in args.items], Results(args.out, data))
         return
     data, = args.kinds
-    gpus = 1 if data == 'digits' else args.gpus or max(1, torch.cuda.device_count())
+    gpus = 1 if data != 'real' else args.gpus or max(1, torch.cuda.device_count())
     results = Results(args.out, data)
     trainings = list(dict.fromkeys(
         training for item in args.items for row in rows(item, data) for training in row.trainings
@@ -186,7 +188,7 @@ def describe_state(row: Row, results: Results) -> str:
         return f'done, {seeds} seed{"s" * (seeds > 1)}'
     roots = {root for training in row.trainings for root in training.data_roots
              if digits_of(root) is None and not osp.isdir(root)}
-    files = {path for training in row.trainings if results.data == 'real' and not training.released
+    files = {path for training in row.trainings if results.data != 'digits' and not training.released
              for path in training.initial_checkpoints if not osp.exists(path)}
     needs = [f'needs data: {", ".join(sorted(roots))}'] * bool(roots)
     needs += [f'needs checkpoint: {", ".join(sorted(files))}'] * bool(files)

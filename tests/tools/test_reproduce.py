@@ -36,7 +36,7 @@ def test_list_of_some_items(capsys):
     reproduce.main(['--list', '--table', '4', '2', '--out', 'nowhere'])
     text = capsys.readouterr().out
     assert re.findall('^#.*?(?=:|$)', text, re.MULTILINE) == [
-        '# --data real', '## Table 2', '## Table 4', '# --data digits', '## Table 2']
+        '# --data real', '## Table 2', '## Table 4', '# --data photos', '## Table 2', '# --data digits', '## Table 2']
 
 
 @pytest.mark.parametrize('flags, message', [
