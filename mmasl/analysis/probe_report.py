@@ -1,0 +1,154 @@
+"""Compares the author's ladder on a config's own data: linear heads on frozen features, as paragraphs of Markdown."""
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from mmasl.analysis.advice import Progress, build_model, drop_downloads, is_local
+from mmasl.analysis.gradient import Setting
+from mmasl.analysis.loss_sites import find_loss_sites
+from mmasl.analysis.probe import FOLDS, TRIALS, Scores, Trial, extract_features, search
+from mmasl.analysis.suggestion import LADDER, Suggestion, write_config
+from mmasl.errors import ConfigError
+from mmasl.utils.markdown import markdown_table
+from mmasl.utils.statistics import interval
+
+BATCH_SIZE = 32
+# The author's ladder, and the paper's settings without focusing of positives.
+SETTINGS = {**LADDER, 'focusing of negatives': Setting(0, 2, 0), "the paper's": Setting(0, 4, 0.05)}
+
+
+def compare_settings(cfg: Config, config: str, images: int = 2000, minutes: float = 10.,
+          cache: Path = Path('work_dirs/probe'), progress: Progress = lambda items, what: items) -> Iterator[str]:
+    """Compare the settings of the ladder on the training data of a config.
+
+    Features of the pretrained backbone are computed on a sample of the training images and cached. Each setting has its
+    own search of learning rate and weight decay by cross-validation.
+
+    Args:
+        cfg: Config of a multi-label classifier of MMPretrain.
+        config: Path of the config.
+        images: Number of training images to sample.
+        minutes: Time limit. Features take at most half of it. Settings that would start later are left out.
+        cache: Folder for the features.
+        progress: Wraps slow loops. Its second argument describes the step.
+
+    Yields:
+        Paragraphs of the report.
+
+    Raises:
+        ConfigError: The config is not of a multi-label classifier of MMPretrain, or has no weights on this machine.
+    """
+    start = time.monotonic()
+    check_config(cfg, config)
+    model, _ = build_model(cfg)
+    site, = find_loss_sites(model)
+    if site.softmax:
+        raise ConfigError(f'{config}: --probe measures losses on sigmoids, and this config has a softmax')
+    x, y = load_features(cfg, model, images, start + 30 * minutes, cache, progress)
+    found: dict[str, tuple[Trial, Scores]] = {}
+    for name, setting in progress(SETTINGS.items(), 'settings'):
+        if not found or time.monotonic() < start + 60 * minutes:
+            found[name] = search(x, y, setting)
+    yield (f'## Probe: linear heads on frozen features of {len(x):,} training images\n'
+           f'{FOLDS}-fold cross-validation, with {len(TRIALS)} learning rates and weight decays for each setting; '
+           'means over the folds with 95 % intervals. The backbone is not trained: docs/choosing.md says how far to '
+           'believe this.')
+    best = max(found, key=lambda name: found[name][1].map.mean())
+    yield describe(found, best)
+    if left := [name for name in SETTINGS if name not in found]:
+        yield f'No time was left for: {", ".join(left)}. Set --probe-minutes.'
+    yield f'To train with {best}, save this beside your config:'
+    text = write_config(cfg, config, site, Suggestion(SETTINGS[best], ()))
+    yield f'```python\n{text}\n```'
+
+
+def check_config(cfg: Config, config: str) -> None:
+    """Check that a probe tells something about a config.
+
+    Raises:
+        ConfigError: The config is not MMPretrain's, or its pretrained weights are not on this machine.
+    """
+    if cfg.get('default_scope') != 'mmpretrain':
+        raise ConfigError(f'{config}: --probe measures classifiers of MMPretrain, not detectors. Run without --probe')
+    missing = list(drop_downloads(deepcopy(cfg.model)))
+    if cfg.get('load_from') and not is_local(cfg.load_from):
+        missing.append(f'load_from = {cfg.load_from}')
+    if missing:
+        raise ConfigError(f'--probe needs the pretrained weights, but {missing[0]} is not a local file. Download it '
+                          'and set the path')
+    if not (cfg.get('load_from') or has_weights(cfg.model)):
+        raise ConfigError(f'{config} has no pretrained weights, without which --probe tells nothing. Set load_from or '
+                          'model.backbone.init_cfg')
+
+
+def has_weights(model: dict | list) -> bool:
+    """Whether a model config names a checkpoint to start from."""
+    values = model.values() if isinstance(model, dict) else model
+    named = isinstance(model, dict) and model.get('type') == 'Pretrained'
+    return named or any(has_weights(value) for value in values if isinstance(value, (dict, list)))
+
+
+def describe(found: dict[str, tuple[Trial, Scores]], best: str) -> str:
+    """The table of the settings, and those that cannot be told apart from the best."""
+    def cell(values: Any, sign: str = '') -> str:
+        mean, half = interval(values)
+        return f'{mean:{sign}.1f} ± {half:.1f}'
+
+    top = found[best][1].map
+    rows = [[name, SETTINGS[name], cell(scores.map), '' if name == best else cell(scores.map - top, '+'),
+             *(f'{values.mean():.1f}' for values in (scores.cf1, scores.of1, scores.cf1_calibrated,
+                                                     scores.of1_calibrated)), f'{trial.lr:g}, {trial.weight_decay:g}']
+            for name, (trial, scores) in found.items()]
+    table = markdown_table(rows, ['setting', '(gamma_pos, gamma_neg, clip)', 'mAP', 'against the best', 'CF1', 'OF1',
+                                  'CF1 calibrated', 'OF1 calibrated', 'lr, weight decay'], aligned=True)
+    equal = [name for name, (_, scores) in found.items()
+             if name != best and -(difference := interval(scores.map - top))[0] <= difference[1]]
+    apart = f'Cannot be told apart from {best}: {", ".join(equal)}.' if equal else f'{best} is ahead of all others.'
+    return f'{table}\n\n{apart}'
+
+
+def load_features(cfg: Config, model: nn.Module, images: int, end: float, cache: Path,
+                  progress: Progress) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and labels (N, C) of a random sample of the training images, from the cache if it has them.
+
+    Args:
+        cfg, model, images, cache, progress: See :func:`compare_settings`.
+        end: Time, as ``time.monotonic`` has it, after which no further image is read.
+
+    Raises:
+        ConfigError: The training images have another number of classes than the head.
+    """
+    data = deepcopy(cfg.train_dataloader.dataset)
+    while isinstance(data.get('dataset'), dict):  # a wrapper that repeats or mixes images
+        data = data.dataset
+    # Without augmentation, if the config has such a pipeline.
+    data.pipeline = ((cfg.get('val_dataloader') or {}).get('dataset') or {}).get('pipeline', data.get('pipeline'))
+    dataset: Any = DATASETS.build(data)
+    weights = torch.stack([value.double().sum() for value in model.state_dict().values() if value.is_floating_point()])
+    identity = json.dumps([data, images, weights.tolist(), cfg.get('data_preprocessor')], default=str)
+    path = cache / f'{hashlib.sha256(identity.encode()).hexdigest()[:16]}.pt'
+    if not path.exists():
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:images]
+        loader = DataLoader(Subset(dataset, order.tolist()), BATCH_SIZE, collate_fn=pseudo_collate)
+        model.to(memory_format=torch.channels_last)
+        batches = extract_features(model, progress(loader, 'features'), len(dataset.metainfo['classes']))
+        found = []
+        for batch in batches:
+            found.append(batch)
+            if time.monotonic() > end:
+                break
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.save(tuple(map(torch.cat, zip(*found))), f'{path}.part')
+        Path(f'{path}.part').replace(path)
+    return torch.load(path)
