@@ -6,7 +6,8 @@ import re
 import runpy
 import subprocess
 import sys
-import zipfile
+import sysconfig
+import venv
 from pathlib import Path
 from shutil import copy2, copytree, ignore_patterns
 from unittest.mock import patch
@@ -153,8 +154,11 @@ def test_model_hub_builds(name, changes, device, classifiers):
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory) -> Path:
-    """The unpacked wheel of a copy of the working tree."""
-    source, unpacked = (tmp_path_factory.mktemp(name) for name in ('source', 'wheel'))
+    """site-packages of an environment with the wheel of a copy of the working tree, and no checkout.
+
+    The dependencies are those of this environment; its own editable install of mmasl is not visible there.
+    """
+    source, env = (tmp_path_factory.mktemp(name) for name in ('source', 'env'))
     for name in ('setup.py', 'README.md', 'MANIFEST.in', 'LICENSE', 'model-index.yml', 'metafile.yml'):
         copy2(ROOT / name, source)
     for name in ('mmasl', 'configs', 'tools'):
@@ -162,9 +166,12 @@ def wheel(tmp_path_factory) -> Path:
     subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation',
                     '-w', source / 'dist', source], check=True)
     path, = (source / 'dist').glob('mmasl-*.whl')
-    with zipfile.ZipFile(path) as file:
-        file.extractall(unpacked)
-    return unpacked
+    venv.create(env, with_pip=False)
+    site, = env.glob('lib/python*/site-packages')
+    (site / 'dependencies.pth').write_text(sysconfig.get_path('purelib'))
+    subprocess.run([sys.executable, '-m', 'pip', '--python', env, 'install', '-q', '--no-deps', '--no-index',
+                    '--ignore-installed', path], check=True)
+    return site
 
 
 def test_wheel_has_every_file(wheel):
@@ -192,7 +199,8 @@ print(type(get_model('resnet_asl_digits', backbone=dict(init_cfg=None)).head.los
 sys.argv = ['train.py', '--help']
 runpy.run_path(str(mim / 'tools' / 'train.py'), run_name='__main__')
 """
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | dict(PYTHONPATH=str(wheel)))
+    env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    python = wheel.parents[2] / 'bin' / 'python'
+    done = subprocess.run([python, '-c', code], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'mmasl.models.losses.asymmetric_loss.AsymmetricLoss' in done.stdout and '--cfg-options' in done.stdout
