@@ -9,10 +9,10 @@ from mmengine.config import Config, ConfigDict
 
 from mmasl.apis.drawing import choose_name
 from mmasl.apis.images import describe_read_error, list_images, unreadable_images
-from mmasl.apis.label_rule import expand_thresholds
 from mmasl.apis.model_files import checkpoint_classes, load_checkpoint
 from mmasl.errors import CheckpointError
 from mmasl.utils.checkpoint import load_weights
+from mmasl.utils.thresholds import expand_thresholds
 from mmasl.utils.tools import drop_pretrained
 
 DEFAULT_THR = 0.3  # as in MMDetection's demo

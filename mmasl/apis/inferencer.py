@@ -21,13 +21,14 @@ from torch.utils.data import DataLoader
 
 from mmasl.apis.drawing import choose_name, draw_labels
 from mmasl.apis.images import Image, describe_read_error, list_images, unreadable_images
-from mmasl.apis.label_rule import LabelRule, expand_thresholds
+from mmasl.apis.label_rule import LabelRule
 from mmasl.apis.model_files import checkpoint_classes, config_classes, inference_dataset, load_checkpoint
 from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
 from mmasl.errors import CheckpointError, ConfigError, NonFiniteError
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
 from mmasl.ops import posterior_upper_bound
 from mmasl.utils.checkpoint import load_weights
+from mmasl.utils.thresholds import expand_thresholds
 from mmasl.utils.tools import drop_pretrained
 
 DEFAULT_THR = 0.5  # for classes without a threshold of the caller or of the head

@@ -1,14 +1,11 @@
 """Decides which labels an image has, by thresholds and the number of labels."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
 from mmasl.errors import ConfigError
-
-NAMED_CLASSES = 10  # in an error message
 
 
 class LabelRule(NamedTuple):
@@ -39,39 +36,6 @@ class LabelRule(NamedTuple):
         if self.thr is None:
             return best
         return best[(score > self.thr if self.calibrated else score >= self.thr)[best]]
-
-
-def expand_thresholds(thr: float | Sequence[float] | Mapping[str, float], classes: Sequence[str],
-                      default: float) -> Tensor:
-    """Expand thresholds to one per class.
-
-    Args:
-        thr: One number, one number per class, or numbers by class name; all in [0, 1].
-        classes: Names of the C classes.
-        default: Threshold of classes that a dict does not name.
-
-    Returns:
-        float32 (C,).
-
-    Raises:
-        ConfigError: A threshold is outside [0, 1], a name is unknown, or the number of thresholds is not C.
-    """
-    if isinstance(thr, Mapping):
-        if unknown := [name for name in thr if name not in classes]:
-            more = ', ...' if len(classes) > NAMED_CLASSES else ''
-            raise ConfigError(f'thr has unknown classes {unknown}: the {len(classes)} classes are '
-                              f'{", ".join(map(str, classes[:NAMED_CLASSES]))}{more}')
-        thr = [thr.get(name, default) for name in classes]
-    values = torch.as_tensor(thr, dtype=torch.float32)
-    if values.dim() > 1 or (values.dim() == 1 and len(values) != len(classes)):
-        raise ConfigError(f'thr has {values.numel()} values for {len(classes)} classes: give one number, one per '
-                          'class, or a dict by class name')
-    values = values.expand(len(classes))
-    wrong = ~((values >= 0) & (values <= 1))
-    if wrong.any():
-        place = int(wrong.int().argmax())
-        raise ConfigError(f'thr={values[place]:g} of {classes[place]!r} must be in [0, 1]')
-    return values
 
 
 def parse_thresholds(values: Sequence[str]) -> float | dict[str, float] | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Conventions:
         ap_mode: Form of the average precision. 'non_interpolated': sum of (recall step x precision); 'voc2010': the
             same with the monotone envelope of the precision; 'voc2007': mean of the envelope at the 11 recalls 0, 0.1,
             ..., 1.
-        threshold: Labels with a probability above this value, in [0, 1], are predicted.
+        threshold: Labels with a probability above this value, in [0, 1], are predicted: one number, or one per class.
         inclusive: Also predict labels whose probability equals the threshold.
         cf1: 'harmonic': harmonic mean of CP and CR; 'mean': mean of the F1 of all classes.
         topk: k >= 1 of the second set of precision, recall and F1; None omits that set.
@@ -51,7 +51,7 @@ class Conventions:
         ConfigError: A value is not valid.
     """
     ap_mode: str = 'non_interpolated'
-    threshold: float = 0.5
+    threshold: float | Sequence[float] = 0.5
     inclusive: bool = False
     cf1: str = 'harmonic'
     topk: int | None = 3
@@ -64,10 +64,28 @@ class Conventions:
     def __post_init__(self) -> None:
         for name, valid in CHOICES.items():
             check_choice(name, getattr(self, name), valid)
-        if not 0 <= self.threshold <= 1:
-            raise ConfigError(f'threshold={self.threshold!r} is not a probability; set a number in [0, 1].')
+        try:
+            values = np.asarray(self.threshold, np.float64)
+        except (TypeError, ValueError):
+            raise ConfigError(f'threshold={self.threshold!r}: set a number in [0, 1], or one per class.') from None
+        if values.ndim > 1 or not ((values >= 0) & (values <= 1)).all():
+            raise ConfigError(f'threshold={self.threshold!r} is not a probability; set a number in [0, 1], or one per '
+                              'class.')
+        object.__setattr__(self, 'threshold', tuple(values.tolist()) if values.ndim else float(values))
         if self.topk is not None and (not isinstance(self.topk, int) or self.topk < 1):
             raise ConfigError(f'topk={self.topk!r} is not a positive integer; set None to omit the top-k metrics.')
+
+    def thresholds(self, num_classes: int) -> np.ndarray:
+        """The threshold of each class, float64 (C,).
+
+        Raises:
+            ConfigError: There is another number of thresholds than of classes.
+        """
+        values = np.asarray(self.threshold)
+        if values.ndim and len(values) != num_classes:
+            raise ConfigError(f'threshold has {len(values)} values for {num_classes} classes; set one number, or one '
+                              'per class.')
+        return np.broadcast_to(values, num_classes)
 
 
 def check_choice(name: str, value: object, valid: Iterable) -> None:
@@ -126,8 +144,30 @@ def _class_average_precision(negatives: np.ndarray, positives: np.ndarray, mode:
     return (precision * gained).sum() / tp[-1]
 
 
+def roc_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of each class: the probability that a positive scores higher than a negative.
+
+    A tie of a positive and a negative counts one half (Mann-Whitney U), as in scikit-learn's ``roc_auc_score``.
+
+    Args:
+        scores: Finite scores (N, C); logits are allowed.
+        labels: (N, C) of 1, 0 and -1 (ignored).
+
+    Returns:
+        (C,) in [0, 1]; NaN for a class without positives or without negatives.
+    """
+    return np.array([_class_roc_auc(*_sort_by_label(s, y)) for s, y in zip(scores.T, labels.T)])
+
+
+def _class_roc_auc(negatives: np.ndarray, positives: np.ndarray) -> float:
+    if not negatives.size or not positives.size:
+        return float('nan')
+    won = sum(int(negatives.searchsorted(positives, side).sum()) for side in ('left', 'right'))
+    return won / (2 * negatives.size * positives.size)
+
+
 def predicted_labels(scores: np.ndarray,
-                     threshold: float | None = None,
+                     threshold: float | np.ndarray | None = None,
                      inclusive: bool = False,
                      topk: int | None = None) -> np.ndarray:
     """Labels that pass the threshold and are among the k highest of their sample.
@@ -137,7 +177,7 @@ def predicted_labels(scores: np.ndarray,
 
     Args:
         scores: Scores (N, C).
-        threshold: Scores above it pass; None: all pass.
+        threshold: Scores above it pass, one number or what broadcasts to the scores; None: all pass.
         inclusive: Scores equal to the threshold pass too.
         topk: k >= 1; None: no limit.
 
@@ -187,7 +227,7 @@ def precision_recall_f1(tp: np.ndarray,
         The six values by name, in percent. A mean over no class and a ratio with denominator 0 are 0.
     """
     kept = positive > 0 if conventions.empty == 'skip' else np.ones(positive.shape, bool)
-    chosen = kept & (predicted > 0) if conventions.no_prediction == 'skip' else kept
+    chosen = _with_precision(kept, predicted, conventions)
     cp = _mean(_ratio(tp, predicted)[chosen])
     cr = _mean(_ratio(tp, positive)[kept])
     cf1: Any = _ratio(2 * cp * cr, cp + cr)
@@ -197,6 +237,11 @@ def precision_recall_f1(tp: np.ndarray,
     of1 = _ratio(2 * tp.sum(), predicted.sum() + positive.sum())
     values: dict[str, Any] = dict(CP=cp, CR=cr, CF1=cf1, OP=op, OR=or_, OF1=of1)
     return {name: 100 * float(value) for name, value in values.items()}
+
+
+def _with_precision(kept: np.ndarray, predicted: np.ndarray, conventions: Conventions) -> np.ndarray:
+    """Classes of ``kept`` whose precision counts, by ``no_prediction``."""
+    return kept & (predicted > 0) if conventions.no_prediction == 'skip' else kept
 
 
 def probability_gap(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -310,6 +355,7 @@ def multilabel_metrics(scores: np.ndarray,
         The metrics by name, and the average precision of each class (C,) in percent.
 
     Raises:
+        ConfigError: The conventions have another number of thresholds than there are classes.
         DataError: Shapes differ, or values are out of range; no class has positives; or a class has none and
             ``conventions.empty`` is 'error'.
     """
@@ -331,12 +377,28 @@ def multilabel_metrics(scores: np.ndarray,
     def read(rows: slice, columns: slice) -> list[np.ndarray]:
         return [pack(values[rows, columns], labels[rows, columns]) for values in kinds]
 
-    metrics, ap, _ = metrics_from_blocks(ScoreMatrix(read, *labels.shape), conventions, classes)
-    return metrics, ap
+    metrics, by_class = metrics_from_blocks(ScoreMatrix(read, *labels.shape), conventions, classes)
+    return metrics, by_class.ap
+
+
+class ClassMetrics(NamedTuple):
+    """Metrics of each class, (C,), in percent. NaN marks a value that is undefined, or that the conventions leave out.
+
+    Args:
+        positives: Number of positives.
+        ap: Average precision.
+        auc: Area under the ROC curve.
+        precision, recall: At the threshold.
+    """
+    positives: np.ndarray
+    ap: np.ndarray
+    auc: np.ndarray
+    precision: np.ndarray
+    recall: np.ndarray
 
 
 def metrics_from_blocks(blocks: ScoreMatrix, conventions: Conventions,
-                        classes: Sequence[str] | None) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+                        classes: Sequence[str] | None) -> tuple[dict[str, float], ClassMetrics]:
     """All metrics from stored scores, computed in as many threads as PyTorch uses.
 
     Args:
@@ -345,15 +407,17 @@ def metrics_from_blocks(blocks: ScoreMatrix, conventions: Conventions,
         classes: Class names for the error messages.
 
     Returns:
-        The metrics by name, and of each class (C,) the average precision in percent and the number of positives.
+        The metrics by name, and those of each class.
 
     Raises:
-        DataError: As :func:`multilabel_metrics`.
+        ConfigError, DataError: As :func:`multilabel_metrics`.
     """
-    c = conventions
-    parts = zip(*_map_threads(partial(_summarize_classes, c=c), blocks.class_blocks(), axis=1))
-    ap, counts, sums, bins = map(np.concatenate, parts)
-    ap *= 100
+    c, thresholds = conventions, conventions.thresholds(blocks.num_classes)
+    with_thresholds = ([*codes, part[None]]
+                       for codes, part in zip(blocks.class_blocks(), blocks.split_by_class(thresholds)))
+    parts = zip(*_map_threads(partial(_summarize_classes, c=c), with_thresholds, axis=1))
+    areas, counts, sums, bins = map(np.concatenate, parts)
+    ap, auc = 100 * areas.T
     empty = np.isnan(ap)
     if empty.all() and c.empty == 'skip':
         raise DataError(f'No class has a positive label among {blocks.num_samples} samples; check the annotations.')
@@ -371,14 +435,43 @@ def metrics_from_blocks(blocks: ScoreMatrix, conventions: Conventions,
     used = ~np.isnan(ap)
     metrics = dict(mAP=float(ap[used].mean()),
                    mAP_weighted=float(_ratio(ap[used] @ positives[used], positives[used].sum())),
+                   AUC=float(auc[~np.isnan(auc)].mean()) if (~np.isnan(auc)).any() else float('nan'),
                    **precision_recall_f1(counts[:, 0], counts[:, 1], positives, c))
     if c.topk is not None:
-        count = partial(_count_topk, c=c, num_classes=blocks.num_classes)
+        count = partial(_count_topk, c=c, thresholds=thresholds)
         tp, predicted = sum(_map_threads(count, blocks.sample_blocks(), axis=0))
         metrics |= {f'{name}_top{c.topk}': value
                     for name, value in precision_recall_f1(tp, predicted, positives, c).items()}
     metrics |= _gap_from_sums(*sums.sum(0)) | dict(ECE=_error_from_bins(bins))
-    return metrics, ap, positives
+    found = (positives > 0) | (c.empty == 'zero')
+    precision = np.where(_with_precision(found, counts[:, 1], c), 100 * _ratio(counts[:, 0], counts[:, 1]), np.nan)
+    recall = np.where(found, 100 * _ratio(counts[:, 0], positives), np.nan)
+    return metrics, ClassMetrics(positives, ap, auc, precision, recall)
+
+
+def bootstrap_intervals(resample: Callable[[np.ndarray], dict[str, float]], num_samples: int, resamples: int,
+                        level: float = 0.95, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap intervals over images (Efron and Tibshirani, An Introduction to the Bootstrap, 1993).
+
+    Args:
+        resample: Computes the metrics by name from the indices of N images, drawn with replacement.
+        num_samples: Number of images N.
+        resamples: Number of draws.
+        level: Share of the draws inside the interval, in (0, 1).
+        seed: Seed of the draws.
+
+    Returns:
+        Lower and upper end of each metric; NaN for a metric that is undefined in all draws.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [resample(rng.integers(num_samples, size=num_samples)) for _ in range(resamples)]
+    ends = {}
+    for name in dict.fromkeys(name for metrics in drawn for name in metrics):
+        values = np.array([metrics.get(name, np.nan) for metrics in drawn])
+        values = values[~np.isnan(values)]
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) if values.size else (np.nan, np.nan)
+        ends[name] = float(low), float(high)
+    return ends
 
 
 def list_classes(chosen: np.ndarray, classes: Sequence[str] | None) -> str:
@@ -398,21 +491,24 @@ def _map_threads(function: Callable[[Sequence[np.ndarray]], Any], blocks: Iterab
 
 
 def _summarize_classes(codes: Sequence[np.ndarray], c: Conventions) -> list[np.ndarray]:
-    """Summarize B classes from their codes (N, B).
+    """Summarize B classes from their codes (N, B) and, last, their thresholds (1, B).
 
     Returns:
-        Average precision (B,) in [0, 1]; true positives, predictions and positives (B, 3); sum of probabilities and
-        count of the negatives and of the positives (B, 2, 2); :func:`reliability` (B, 3, 15).
+        Average precision and area under the ROC curve (B, 2) in [0, 1]; true positives, predictions and positives
+        (B, 3); sum of probabilities and count of the negatives and of the positives (B, 2, 2); :func:`reliability`
+        (B, 3, 15).
     """
-    threshold = float(np.dtype(f'f{codes[-1].itemsize}').type(c.threshold))  # rounded as the scores are
+    *codes, thresholds = codes
+    thresholds = thresholds[0].astype(f'f{codes[-1].itemsize}').astype(np.float64)  # rounded as the scores are
     ends = np.arange(1, 15) / 15
     summaries = []
-    for ranked in zip(*map(_sort_codes, codes)):
+    for threshold, *ranked in zip(thresholds, *map(_sort_codes, codes)):
         _, negatives, positives = _split(ranked[0])
         decisive = _split(ranked[-1])
         chosen = [x.size - x.searchsorted(threshold, 'left' if c.inclusive else 'right') for x in decisive]
         predicted = sum(chosen) if c.ignored == 'negative' else sum(chosen[1:])
-        summaries.append((_class_average_precision(negatives, positives, c.ap_mode),
+        summaries.append(((_class_average_precision(negatives, positives, c.ap_mode),
+                           _class_roc_auc(negatives, positives)),
                           (chosen[2], predicted, positives.size),
                           [(x.sum(), x.size) for x in (negatives, positives)],
                           _class_reliability(decisive[1], decisive[2], ends)))
@@ -434,7 +530,7 @@ def _split(ranked: np.ndarray) -> list[np.ndarray]:
     return np.split(unpack(ranked)[0].astype(np.float64), ends)
 
 
-def _count_topk(codes: Sequence[np.ndarray], c: Conventions, num_classes: int) -> np.ndarray:
+def _count_topk(codes: Sequence[np.ndarray], c: Conventions, thresholds: np.ndarray) -> np.ndarray:
     """True positives and predictions of each class, int (2, C), where only the k highest of a sample are predicted.
 
     The last array of ``codes`` holds the classes of the codes.
@@ -444,11 +540,11 @@ def _count_topk(codes: Sequence[np.ndarray], c: Conventions, num_classes: int) -
     # np.partition is slow for float16.
     best = predicted_labels(scores.astype(np.float32) if scores.itemsize == 2 else scores, topk=c.topk).nonzero()
     scores, labels = unpack(codes[-1][best])
+    classes = classes[best]
     kept = labels >= 0 if c.ignored == 'skip' else np.ones(labels.size, bool)
     if c.topk_above_threshold:
-        kept &= predicted_labels(scores, c.threshold, c.inclusive)
-    classes = classes[best]
-    return np.stack([np.bincount(classes[x], minlength=num_classes) for x in (kept & (labels == 1), kept)])
+        kept &= predicted_labels(scores, thresholds.astype(scores.dtype)[classes], c.inclusive)
+    return np.stack([np.bincount(classes[x], minlength=thresholds.size) for x in (kept & (labels == 1), kept)])
 
 
 def _ratio(part: ArrayLike, whole: ArrayLike) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Metrics for evaluators: :class:`MultiLabelMetric` for several labels a sample, :class:`MacroF1` for one of many."""
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NoReturn
 
@@ -11,8 +11,17 @@ from mmengine.logging import print_log
 
 from mmasl.errors import ConfigError, DataError, NonFiniteError
 from mmasl.registry import METRICS
+from mmasl.utils.thresholds import expand_thresholds
 
-from .functional import PRESETS, Conventions, check_choice, list_classes, metrics_from_blocks
+from .functional import (
+    PRESETS,
+    ClassMetrics,
+    Conventions,
+    bootstrap_intervals,
+    check_choice,
+    list_classes,
+    metrics_from_blocks,
+)
 from .score_storage import append_rows, make_blocks, make_records, pack, to_codes, unpack
 
 NON_FINITE = 'The model diverged or overflowed; lower the learning rate, or evaluate in float32.'
@@ -29,6 +38,8 @@ class MultiLabelMetric(BaseMetric):
 
     - ``mAP``, the mean average precision of the classes, and ``mAP_weighted``, weighted by the positives of each class
       ('micro' and 'macro' in Table 7 of the ASL paper, arXiv 2009.14119);
+    - ``AUC``, the mean area under the ROC curve of the classes with positives and negatives, by which ChestX-ray14 and
+      CheXpert are judged, see :func:`mmasl.evaluation.functional.roc_auc`;
     - ``CP, CR, CF1, OP, OR, OF1``, and the same with the suffix ``_top3`` (Tables 4 and 8).
 
     Output, as fractions: ``p_t_pos, p_t_neg, gap`` (Eq. 9-10) and ``ECE`` with 15 bins over all labels, see
@@ -57,17 +68,26 @@ class MultiLabelMetric(BaseMetric):
     Args:
         preset: 'paper', 'ml_gcn', 'official' or 'mmpretrain'.
         ignore_index: Value of ``gt_score`` for ignored labels, such as the difficult ones of VOC; None: no value.
-        per_class: Also return ``AP_<class>`` and log a table. Skipped classes appear in the table only.
+        per_class: Also return ``AP_<class>``, ``AUC_<class>``, ``precision_<class>`` and ``recall_<class>``, in
+            percent, and log a table. Values that are skipped or undefined appear in the table only, as nan.
         calibrated: Apply the threshold to ``calibrated_score`` of the heads in :mod:`mmasl.models.heads`, and report
             its ECE. Average precision, the top k and the probability gap still use ``pred_score``.
+        bootstrap: Number of resamples of the images, >= 0. Above 0, each metric also gets the ends of its 95 %
+            interval, as ``mAP_low`` and ``mAP_high``. Each resample takes as long as the metrics themselves.
+        class_counts: Number of positives of each class in the training set, one per class or a dict by class name.
+            With it, ``mAP_few``, ``mAP_medium`` and ``mAP_many`` are the means over the classes with fewer than 20, 20
+            to 100 and more than 100 positives, as in Liu et al. (CVPR 2019, arXiv 1904.05160). 'evaluated' counts the
+            positives of the evaluated set.
         collect_device, prefix, collect_dir: See :class:`mmengine.evaluator.BaseMetric`.
         score_dtype: Type in which scores are stored, 'float32' or 'float16'. With 'float16', memory halves, the
             threshold is rounded too, and all probabilities above 1 - 2^-12 tie. Ties mostly lower mAP: by 0.02 points
             in the case 'precision' of benchmarks/speed/metrics.py, by 1.3 points with 4 times its logits.
-        conventions: Fields of :class:`mmasl.evaluation.functional.Conventions` that override the preset.
+        conventions: Fields of :class:`mmasl.evaluation.functional.Conventions` that override the preset. ``threshold``
+            may also be a dict by class name, as in the inferencer; other classes have the preset's.
 
     Raises:
-        ConfigError: An argument is unknown or out of range.
+        ConfigError: An argument is unknown or out of range, or the thresholds do not fit the classes; the latter is
+            raised as soon as the data set is known, before a training.
         DataError: Scores are not probabilities, labels are out of range or class counts differ, at the first such
             sample; there are no samples; or as :func:`mmasl.evaluation.functional.multilabel_metrics`.
         NonFiniteError: A score is NaN or infinite.
@@ -79,7 +99,7 @@ class MultiLabelMetric(BaseMetric):
         ...     dict(pred_score=torch.tensor([0.7, 0.8, 0.1]), gt_score=torch.tensor([1., 1., -1.]))])
         >>> metrics = metric.evaluate(size=2)
         >>> {name.split('/')[1]: round(value, 2) for name, value in metrics.items()}  # doctest: +NORMALIZE_WHITESPACE
-        {'mAP': 66.67, 'mAP_weighted': 100.0,
+        {'mAP': 66.67, 'mAP_weighted': 100.0, 'AUC': 100.0,
          'CP': 50.0, 'CR': 66.67, 'CF1': 57.14, 'OP': 75.0, 'OR': 100.0, 'OF1': 85.71,
          'CP_top1': 66.67, 'CR_top1': 50.0, 'CF1_top1': 57.14, 'OP_top1': 100.0, 'OR_top1': 66.67, 'OF1_top1': 80.0,
          'p_t_pos': 0.8, 'p_t_neg': 0.6, 'gap': 0.2, 'ECE': 0.28}
@@ -95,6 +115,8 @@ class MultiLabelMetric(BaseMetric):
                  prefix: str | None = None,
                  collect_dir: str | None = None,
                  score_dtype: str = 'float32',
+                 bootstrap: int = 0,
+                 class_counts: Sequence[int] | Mapping[str, int] | str | None = None,
                  **conventions: Any) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix, collect_dir=collect_dir)
         check_choice('preset', preset, PRESETS)
@@ -103,12 +125,48 @@ class MultiLabelMetric(BaseMetric):
             check_choice('argument', name, [field.name for field in fields(Conventions)])
         if ignore_index in (0, 1):
             raise ConfigError(f'ignore_index={ignore_index} is the value of a label; set another value, such as -1.')
+        self.thresholds_by_name = None
+        if isinstance(conventions.get('threshold'), Mapping):
+            self.thresholds_by_name = conventions.pop('threshold')
         self.conventions = replace(PRESETS[preset], **conventions)
         self.ignore_index = ignore_index
+        if not isinstance(bootstrap, int) or bootstrap < 0:
+            raise ConfigError(f'bootstrap={bootstrap!r} is not a number of resamples; set 0 or more, such as 1000.')
+        if isinstance(class_counts, str):
+            check_choice('class_counts', class_counts, ('evaluated', ))
+        elif class_counts is not None and not isinstance(class_counts, Mapping):
+            class_counts = [int(count) for count in class_counts]
+        self.bootstrap = bootstrap
+        self.class_counts = class_counts
         self.per_class = per_class
         self.score_dtype = score_dtype
         self.score_keys = ['pred_score', 'calibrated_score'] if calibrated else ['pred_score']
         self.num_classes = 0  # of the samples so far
+
+    @property
+    def dataset_meta(self) -> dict | None:
+        """Meta information of the evaluated data set. MMEngine sets it when it builds a loop."""
+        return self._dataset_meta
+
+    @dataset_meta.setter
+    def dataset_meta(self, dataset_meta: dict | None) -> None:
+        self._dataset_meta = dataset_meta
+        if self._classes:
+            self._expand_thresholds(self._classes)
+            if self.class_counts not in (None, 'evaluated'):
+                self._training_counts(self._classes)
+
+    def _expand_thresholds(self, classes: Sequence[str]) -> Conventions:
+        """The conventions with a threshold for each class, if they differ.
+
+        Raises:
+            ConfigError: The thresholds do not fit the classes.
+        """
+        if self.thresholds_by_name is None:
+            self.conventions.thresholds(len(classes))
+            return self.conventions
+        values = expand_thresholds(self.thresholds_by_name, classes, self.conventions.threshold, 'threshold')
+        return replace(self.conventions, threshold=values.tolist())
 
     def process(self, data_batch: object, data_samples: Sequence[dict]) -> None:
         """Check a batch of samples and store its scores and labels."""
@@ -138,19 +196,64 @@ class MultiLabelMetric(BaseMetric):
             raise DataError('MultiLabelMetric got no samples; check that the evaluated data set is not empty.')
         num_classes = len(self._classes or ()) or self.num_classes
         classes = self._classes or [str(c) for c in range(num_classes)]
-        blocks = make_blocks(results, num_classes, len(self.score_keys))
-        metrics, ap, positives = metrics_from_blocks(blocks, self.conventions, classes)
+        metrics, by_class = self._compute(results, self._expand_thresholds(classes), classes)
+        positives, undefined = by_class.positives, np.isnan(by_class.ap)
         for kind, mean, chosen in (('positive', 'the class means', positives == 0), ('negative', 'mAP', positives > 0)):
-            if (skipped := chosen & np.isnan(ap)).any():
+            if (skipped := chosen & undefined).any():
                 print_log(f'No {kind} label in {list_classes(skipped, classes)}: omitted from {mean}.', 'current',
                           logging.WARNING)
+        if self.bootstrap:
+            metrics |= self._intervals(results, classes)
         if self.per_class:
-            width = max(map(len, [*classes, 'class']))
-            rows = zip(classes, positives, ap)
-            table = [f'{"class":<{width}} positives  AP [%]', *(f'{c:<{width}} {n:>9} {a:>7.2f}' for c, n, a in rows)]
-            print_log('\n'.join(['Average precision of each class:', *table]), 'current')
-            metrics |= {f'AP_{name}': float(value) for name, value in zip(classes, ap) if not np.isnan(value)}
+            metrics |= self._report_classes(classes, by_class)
         return metrics
+
+    def _compute(self, results: Sequence[np.ndarray], conventions: Conventions,
+                 classes: Sequence[str]) -> tuple[dict[str, float], ClassMetrics]:
+        blocks = make_blocks(results, len(classes), len(self.score_keys))
+        metrics, by_class = metrics_from_blocks(blocks, conventions, classes)
+        if self.class_counts is not None:
+            counts = by_class.positives if self.class_counts == 'evaluated' else self._training_counts(classes)
+            for name, chosen in (('few', counts < 20), ('medium', (counts >= 20) & (counts <= 100)),
+                                 ('many', counts > 100)):
+                ap = by_class.ap[chosen & ~np.isnan(by_class.ap)]
+                metrics[f'mAP_{name}'] = float(ap.mean()) if ap.size else float('nan')
+        return metrics, by_class
+
+    def _intervals(self, results: Sequence[np.ndarray], classes: Sequence[str]) -> dict[str, float]:
+        conventions = self._expand_thresholds(classes)
+        if conventions.empty == 'error':  # a draw may miss the positives of a rare class
+            conventions = replace(conventions, empty='skip')
+        ends = bootstrap_intervals(lambda rows: self._compute([results[row] for row in rows], conventions, classes)[0],
+                                   len(results), self.bootstrap)
+        return {f'{name}_{end}': value for name, pair in ends.items() for end, value in zip(('low', 'high'), pair)}
+
+    def _training_counts(self, classes: Sequence[str]) -> np.ndarray:
+        """``class_counts`` in the order of the classes.
+
+        Raises:
+            ConfigError: A class has no count, or there is another number of counts.
+        """
+        counts: Any = self.class_counts
+        if isinstance(counts, Mapping):
+            if missing := [name for name in classes if name not in counts]:
+                raise ConfigError(f'class_counts has no count of {missing[:10]}; give one for each class.')
+            counts = [counts[name] for name in classes]
+        if len(counts) != len(classes):
+            raise ConfigError(f'class_counts has {len(counts)} values for {len(classes)} classes; give one per class.')
+        return np.asarray(counts)
+
+    @staticmethod
+    def _report_classes(classes: Sequence[str], by_class: ClassMetrics) -> dict[str, float]:
+        """Log a table of the classes, and return its values by name."""
+        names = dict(ap='AP', auc='AUC', precision='precision', recall='recall')
+        width = max(map(len, [*classes, 'class']))
+        table = [f'{"class":<{width}} positives' + ''.join(f'{name:>10}' for name in names.values())]
+        table += [f'{c:<{width}} {n:>9}' + ''.join(f'{value:>10.2f}' for value in row)
+                  for c, n, *row in zip(classes, by_class.positives, *(getattr(by_class, key) for key in names))]
+        print_log('\n'.join(['Metrics of each class, in percent:', *table]), 'current')
+        return {f'{name}_{c}': float(value) for key, name in names.items()
+                for c, value in zip(classes, getattr(by_class, key)) if not np.isnan(value)}
 
     def labels(self) -> np.ndarray:
         """Labels of the samples so far, int8 (N, C): 1, 0 and -1."""

@@ -60,7 +60,14 @@ class ScoreMatrix:
 
     def class_blocks(self) -> Iterator[list[np.ndarray]]:
         """Yield the codes (M, B) of B classes for each kind of score; M >= N, padded with codes of ignored labels."""
-        return (self.of_classes(columns) for columns in _slices(self.num_classes, BLOCK // self.num_samples))
+        return (self.of_classes(columns) for columns in self._columns())
+
+    def split_by_class(self, values: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the parts of ``values`` (C,) that belong to the items of :meth:`class_blocks`."""
+        return (values[columns] for columns in self._columns())
+
+    def _columns(self) -> list[slice]:
+        return _slices(self.num_classes, BLOCK // self.num_samples)
 
     def sample_blocks(self) -> Iterator[list[np.ndarray]]:
         """Yield the codes (R, M) of R samples for each kind of score, and then the classes (R, M) of the codes."""

@@ -56,6 +56,13 @@ def ap_by_definition(scores, labels, mode):
     return float(sum((r - last) * (envelope(r) if mode == 'voc2010' else p) for last, (r, p) in steps))
 
 
+def auc_by_definition(scores, labels):
+    """Share of the pairs of a positive and a negative that are in order; a tie is half a pair."""
+    positives, negatives = (scores[labels == y].tolist() for y in (1, 0))
+    won = sum((p > n) + Fraction(p == n) / 2 for p in positives for n in negatives)
+    return float(won / (len(positives) * len(negatives))) if positives and negatives else np.nan
+
+
 def calibration_error_by_definition(scores, labels, ends):
     """Of bins from each of ``ends`` to the next."""
     pairs = [(s, y) for s, y in zip(scores.ravel().tolist(), labels.ravel().tolist()) if y >= 0]
@@ -71,18 +78,20 @@ def calibration_error_by_definition(scores, labels, ends):
 def metrics_by_definition(scores, labels, decisive, c):
     """Every figure that the metric returns, sample by sample and class by class; c.empty must be 'zero' or 'skip'."""
     pairs = [list(zip(*columns)) for columns in zip(*(x.T.tolist() for x in (scores, decisive, labels)))]
-    threshold = float(decisive.dtype.type(c.threshold))
+    thresholds = np.broadcast_to(c.threshold, labels.shape[1]).astype(decisive.dtype).tolist()
     used = [x for x in range(len(pairs)) if c.empty == 'zero' or (labels[:, x] == 1).any()]
     ap = [ap_by_definition(scores[:, x], labels[:, x], c.ap_mode) if (labels[:, x] == 1).any() else 0. for x in used]
     support = [(labels[:, x] == 1).sum() for x in used]
-    report = dict(mAP=100 * np.mean(ap), mAP_weighted=100 * np.dot(ap, support) / max(sum(support), 1))
+    auc = [value for value in map(auc_by_definition, scores.T, labels.T) if not np.isnan(value)]
+    report = dict(mAP=100 * np.mean(ap), mAP_weighted=100 * np.dot(ap, support) / max(sum(support), 1),
+                  AUC=100 * np.mean(auc) if auc else np.nan)
     better = (scores[:, :, None] < scores[:, None]).sum(2)
     for suffix, best in (('', None), (f'_top{c.topk}', better < c.topk)):
         counts = []
         for x, column in enumerate(pairs):
             chosen = [y for i, (_, d, y) in enumerate(column) if (best is None or best[i, x])
-                      and ((best is not None and not c.topk_above_threshold) or d > threshold
-                           or (c.inclusive and d == threshold)) and (y >= 0 or c.ignored == 'negative')]
+                      and ((best is not None and not c.topk_above_threshold) or d > thresholds[x]
+                           or (c.inclusive and d == thresholds[x])) and (y >= 0 or c.ignored == 'negative')]
             counts.append((chosen.count(1), len(chosen), [y for *_, y in column].count(1)))
         ratio = [(tp / n if n else 0., tp / p if p else 0., 2 * tp / (n + p) if n + p else 0.) for tp, n, p in counts]
         cp, cr, mean_f1 = np.mean([ratio[x] for x in used], 0)

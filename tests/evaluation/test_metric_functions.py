@@ -17,6 +17,7 @@ from mmasl.evaluation.functional import (
     predicted_labels,
     probability_gap,
     reliability,
+    roc_auc,
 )
 
 SHAPES = [(7, 2), (40, 5), (333, 20)]
@@ -193,6 +194,20 @@ def test_class_with_ignored_labels_only():
     report, ap = multilabel_metrics(scores, labels)
     rest, _ = multilabel_metrics(scores[:, [0, 2, 3]], labels[:, [0, 2, 3]], Conventions(topk=None))
     assert np.isnan(ap[1]) and report == {**report, **rest}
+
+
+@pytest.mark.parametrize('levels', [None, 6])
+def test_roc_auc_is_sklearns(levels):
+    from sklearn.metrics import roc_auc_score
+    scores, labels = make_data(31, 300, 5, ignored=0.1, levels=levels)
+    expected = [roc_auc_score(y[y >= 0], s[y >= 0]) for s, y in zip(scores.T, labels.T)]
+    np.testing.assert_allclose(roc_auc(scores, labels), expected, rtol=1e-12)
+    np.testing.assert_allclose(roc_auc(3 * scores - 7, labels), expected, rtol=1e-12)
+    assert multilabel_metrics(scores, labels)[0]['AUC'] == pytest.approx(100 * np.mean(expected))
+    labels[:, 0], labels[:, 1] = 1, 0
+    labels[:, 2] = -1
+    assert np.isnan(roc_auc(scores, labels)).tolist() == [True] * 3 + [False] * 2
+    assert multilabel_metrics(scores, labels)[0]['AUC'] == pytest.approx(100 * np.mean(expected[3:]))
 
 
 def test_probability_gap():

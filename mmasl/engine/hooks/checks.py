@@ -28,6 +28,7 @@ from mmasl.datasets.validation import (
     missing_image_hint,
 )
 from mmasl.errors import ConfigError, NonFiniteError, UnreadableImageError
+from mmasl.evaluation.name_checks import check_metric_names
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
 from mmasl.models.losses.asymmetric_softmax_loss import AsymmetricSoftmaxLoss
 from mmasl.registry import HOOKS
@@ -46,7 +47,9 @@ class CheckDataHook(Hook):
 
     - it makes a batch, its labels are among its classes, and no image file is missing (see :func:`check_samples`);
     - training and evaluation have the same classes in the same order;
-    - heads, and per-class parameters of mmasl's losses, have as many classes.
+    - heads, and per-class parameters of mmasl's losses, have as many classes;
+    - no two metrics report one name, and one reports that of ``save_best``, see
+      :func:`mmasl.evaluation.name_checks.check_metric_names`.
 
     An image that cannot be decoded stops the run with its name. With ``skip_unreadable`` a random image of the training
     set replaces it, and warnings name each such image and count them after each epoch. In an evaluation an unreadable
@@ -71,7 +74,9 @@ class CheckDataHook(Hook):
     def before_run(self, runner: Runner) -> None:
         loops = {split: loop for split in ('train', 'val', 'test')
                  if (loop := built_loop(runner, split))}
-        check_on_main_process(lambda: self._check(runner.model, loops))
+        save_best = [name for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.save_best
+                     for name in hook.key_indicators]
+        check_on_main_process(lambda: self._check(runner.model, loops, save_best))
         for loop in loops.values():
             for dataset in iter_base_datasets(loop.dataloader.dataset):
                 self._guard(dataset)
@@ -83,7 +88,7 @@ class CheckDataHook(Hook):
             runner.logger.warning(f'{count} images of the training set cannot be read and were replaced; see the '
                                   'warnings above')
 
-    def _check(self, model: nn.Module, loops: dict[str, BaseLoop]) -> None:
+    def _check(self, model: nn.Module, loops: dict[str, BaseLoop], save_best: Sequence[str]) -> None:
         classes = {}
         for split, loop in loops.items():
             key, dataset = f'{split}_dataloader.dataset', loop.dataloader.dataset
@@ -95,6 +100,9 @@ class CheckDataHook(Hook):
                 classes[key] = names
             for inner in iter_base_datasets(dataset):
                 check_samples(inner, names and len(names), key, self._spare(inner))
+            if names and (evaluator := getattr(loop, 'evaluator', None)):
+                check_metric_names(evaluator.metrics, len(names), f'{split}_evaluator',
+                                   save_best if split == 'val' else ())
         check_same_classes(classes)
         for key, names in classes.items():
             check_class_counts(model, names, key)

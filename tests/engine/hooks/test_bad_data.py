@@ -286,6 +286,11 @@ FAULTS = {
         'open_images', lambda: None, "train_dataloader['dataset'].update(indices=0)"),
     'detection: evaluator of another file': (
         'detection', lambda: None, "val_evaluator.update(ann_file='coco/val.json')"),
+    'two metrics that report one name': (
+        'coco', lambda: None, "val_evaluator = [dict(type='AveragePrecision'), dict(type='mmasl.MultiLabelMetric')]"),
+    '`save_best` that no metric reports': (
+        'coco', lambda: None, "default_hooks = dict(checkpoint=dict(type='CheckpointHook', save_best='mAP'))"),
+    'threshold of an unknown class': ('coco', lambda: None, 'val_evaluator.update(threshold=dict(eel=0.3))'),
     # numbers
     'batch whose labels are all ignored': ('mmpretrain', lambda: edit('mmpretrain/data.json', lambda x: [
         x['data_list'][i].update(gt_score=[-1, -1, -1] if i < 2 else [0, 1, 0]) for i in range(4)]),
