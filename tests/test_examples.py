@@ -123,7 +123,9 @@ def test_configs_build(block, folder):
         for hook in cfg.get('custom_hooks') or []:
             HOOKS.build(hook)
         if inherit:  # another base may need data that is not here
-            METRICS.build(cfg.val_evaluator)
+            metrics = cfg.val_evaluator
+            for metric in metrics if isinstance(metrics, list) else [metrics]:
+                METRICS.build(metric)
         if 'tta_model' in cfg:
             MODELS.build(ConfigDict(cfg.tta_model, module=model))
 

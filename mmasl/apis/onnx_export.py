@@ -1,5 +1,7 @@
 """Exports classifiers and single-stage detectors to ONNX, and compares the file with PyTorch."""
 import json
+import logging
+import re
 import warnings
 from collections.abc import Sequence
 from os import PathLike
@@ -19,7 +21,8 @@ from mmasl.ops import posterior, posterior_threshold
 from mmasl.utils.checkpoint import load_weights
 from mmasl.utils.tools import drop_pretrained
 
-BATCHES = (1, 3)  # images per batch in the comparison; the graph is traced with 2
+BATCHES = (1, 3)  # images per batch in the comparison of a dynamic batch size
+TRACED = 2  # images in the batch that the graph of a dynamic batch size is traced with
 
 
 class Exportable(NamedTuple):
@@ -178,22 +181,79 @@ def describe(model: Any, classes: Sequence[str] | None, shape: list[int], pipeli
                 std=normaliser.std.flatten().tolist() if normalised else [1.] * 3, pipeline=pipeline)
 
 
-def export(exportable: Exportable) -> bytes:
-    """Export to ONNX with a dynamic batch size. The values of the metadata are JSON.
+def export(exportable: Exportable, opset: int | None = None, batch: int | None = None) -> bytes:
+    """Export to ONNX. The values of the metadata are JSON.
+
+    Args:
+        exportable: What to export.
+        opset: Version of the ONNX operators; None for that of the exporter.
+        batch: Number of images in a batch; None for any number.
 
     Raises:
+        ConfigError: The model does not work with every batch size, or cannot be expressed in this opset.
         torch.onnx.OnnxExporterError: The exporter does not support the model.
     """
     metadata = exportable.metadata
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of PyTorch's own code
         program: Any = torch.onnx.export(
-            exportable.module.eval(), (torch.zeros(2, 3, *metadata['input_size']), ), input_names=['input'],
-            output_names=exportable.outputs, dynamic_shapes=({0: torch.export.Dim('batch')}, ),
+            _trace(exportable, batch), (torch.zeros(batch or TRACED, 3, *metadata['input_size']), ),
+            input_names=['input'], output_names=exportable.outputs, dynamic_shapes=_dynamic(batch), opset_version=opset,
             custom_translation_table=exact_translations(), dynamo=True, verbose=False)
+    found = program.model.opset_imports['']
+    if opset not in (None, found):
+        raise ConfigError(f'--opset {opset}: the exporter of torch {torch.__version__} writes opset {found}, and some '
+                          f'of its operators have no equivalent in opset {opset}. Give --opset {found}')
     program.model.metadata_props.update(
         {key: json.dumps(value, default=str) for key, value in metadata.items() if value is not None})
     return program.model_proto.SerializeToString()
+
+
+def _dynamic(batch: int | None) -> tuple | None:
+    return None if batch else ({0: torch.export.Dim('batch')}, )
+
+
+def _trace(exportable: Exportable, batch: int | None) -> torch.export.ExportedProgram | nn.Module:
+    """Trace the graph. The module is returned as it is if this fails, for the exporter to describe the error.
+
+    Raises:
+        ConfigError: The batch size should be free, and the model fixes it.
+    """
+    module, guards = exportable.module.eval(), _Guards()
+    images = torch.zeros(batch or TRACED, 3, *exportable.metadata['input_size'])
+    try:
+        with guards:
+            return torch.export.export(module, (images, ), dynamic_shapes=_dynamic(batch), strict=False)
+    except torch._dynamo.exc.UserError as error:
+        if 'Constraints violated' not in str(error):
+            return module
+        where = f', {guards.places[0]}' if guards.places else ''
+        raise ConfigError(f'the code of the model makes the batch size a constant{where}: give --batch N for a file '
+                          'that takes batches of N images') from error
+    except Exception:
+        return module
+
+
+class _Guards(logging.Handler):
+    """Collects the places in the code that make a dynamic size a constant, from PyTorch's log of a trace."""
+    LOGGER = logging.getLogger('torch.fx.experimental.symbolic_shapes')
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.places: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := re.search(r'\[guard added\] \((.+?) in (\w+)\)', record.getMessage()):
+            self.places.append(f'{found[2]} in {found[1]}')
+
+    def __enter__(self) -> None:
+        self.before = self.LOGGER.level, self.LOGGER.propagate, self.LOGGER.handlers[:]
+        self.LOGGER.setLevel(logging.INFO)
+        self.LOGGER.propagate, self.LOGGER.handlers = False, [self]
+
+    def __exit__(self, *_: object) -> None:
+        level, self.LOGGER.propagate, self.LOGGER.handlers = self.before
+        self.LOGGER.setLevel(level)
 
 
 def exact_translations() -> dict:
@@ -220,12 +280,13 @@ def exact_translations() -> dict:
 
 
 @torch.no_grad()
-def compare_with_torch(file: bytes, exportable: Exportable) -> dict[str, float]:
+def compare_with_torch(file: bytes, exportable: Exportable, batches: Sequence[int] = BATCHES) -> dict[str, float]:
     """Compare onnxruntime with PyTorch on noise, in batches of several sizes.
 
     Args:
         file: Result of :func:`export`.
         exportable: Its argument.
+        batches: Images in each batch.
 
     Returns:
         Largest difference of each output. It is relative to the largest value of the output if that is above 1.
@@ -237,7 +298,7 @@ def compare_with_torch(file: bytes, exportable: Exportable) -> dict[str, float]:
     metadata, module = exportable.metadata, exportable.module.eval()
     mean, std = (torch.tensor(metadata[key]).view(3, 1, 1) for key in ('mean', 'std'))
     found = {output.name: 0. for output in session.get_outputs()}
-    for size in BATCHES:
+    for size in batches:
         images = (torch.randint(256, (size, 3, *metadata['input_size']), generator=rng) - mean) / std
         actual = session.run(None, {'input': images.numpy()})
         for name, ours, theirs in zip(found, actual, [output.numpy() for output in module(images)], strict=True):

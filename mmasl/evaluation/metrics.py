@@ -165,7 +165,8 @@ class MultiLabelMetric(BaseMetric):
         if self.thresholds_by_name is None:
             self.conventions.thresholds(len(classes))
             return self.conventions
-        values = expand_thresholds(self.thresholds_by_name, classes, self.conventions.threshold, 'threshold')
+        default: Any = self.conventions.threshold  # of the preset: one number
+        values = expand_thresholds(self.thresholds_by_name, classes, default, 'threshold')
         return replace(self.conventions, threshold=values.tolist())
 
     def process(self, data_batch: object, data_samples: Sequence[dict]) -> None:

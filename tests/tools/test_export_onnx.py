@@ -1,5 +1,7 @@
 """tools/export_onnx.py: the file read with onnxruntime and its metadata alone, and what must not be written."""
+import csv
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -14,10 +16,12 @@ from torch.testing import assert_close
 from mmasl.apis import onnx_export
 from mmasl.apis.inferencer import MultiLabelInferencer
 from mmasl.apis.onnx_export import Classifier, Exportable, compare_with_torch, export, fixed_shape
+from mmasl.apis.tagger import tagger_files
 from mmasl.errors import ConfigError
 from mmasl.ops import posterior, posterior_threshold
 from tools import export_onnx
 
+onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +115,73 @@ def test_a_stock_head_has_one_output():
     assert [x.name for x in running.get_outputs()] == ['pred_score']
     assert meta['pred_score_thr'] == [0.5] * 4 and not {'topk', 'calibrated_score_thr'} & set(meta)
     assert (meta['channel_order'], meta['mean'], meta['std']) == ('BGR', [0.] * 3, [1.] * 3)
+
+
+def test_opset_and_fixed_batch():
+    export_onnx.main(['cls.py', 'cls.pth', '--out', 'm.onnx', '--calibrated', '--opset', '20', '--batch', '2'])
+    running, _ = session()
+    assert running.get_inputs()[0].shape == [2, 3, 8, 12] and running.get_outputs()[1].shape == [2, 4]
+    assert {x.domain: x.version for x in onnx.load('m.onnx').opset_import}[''] == 20
+
+
+def test_an_opset_without_the_operators_is_refused():
+    with pytest.raises(SystemExit, match='--opset 9: the exporter of torch .* writes opset 18, .* Give --opset 18'):
+        export_onnx.main(['cls.py', 'cls.pth', '--out', 'm.onnx', '--opset', '9'])
+
+
+def test_a_model_that_makes_the_batch_size_a_constant(monkeypatch):
+    """As MMPretrain's Swin transformers do, with int() of a quotient of sizes."""
+
+    def forward(self, x):
+        count = int(x.shape[0] * 8 / 8)
+        return (8 * x.view(count, 3, 8, 12), )
+
+    monkeypatch.setattr(SteepBackbone, 'forward', forward)
+    with pytest.raises(SystemExit, match=r'makes the batch size a constant, forward in .*test_export_onnx.py:\d+: give '
+                       '--batch N for a file that takes batches of N images'):
+        export_onnx.main(['cls.py', 'cls.pth', '--out', 'm.onnx'])
+    assert not Path('m.onnx').exists()
+    level = logging.getLogger('torch.fx.experimental.symbolic_shapes').level
+    export_onnx.main(['cls.py', 'cls.pth', '--out', 'm.onnx', '--batch', '3'])
+    assert session()[0].get_inputs()[0].shape == [3, 3, 8, 12]
+    assert logging.getLogger('torch.fx.experimental.symbolic_shapes').level == level
+
+
+def test_a_folder_in_the_layout_of_taggers(capsys):
+    """Read as such programs do: labels and thresholds from the CSV file, the input by the steps of the JSON file."""
+    from PIL import Image
+    export_onnx.main(['cls.py', 'cls.pth', '--out', 'tagger', '--calibrated', '--thr', 'green=0.9'])
+    assert sorted(path.name for path in Path('tagger').iterdir()) == [
+        'model.onnx', 'preprocess.json', 'selected_tags.csv', 'thresholds.csv']
+    running, meta = session('tagger/model.onnx')
+    tags = list(csv.DictReader(Path('tagger/selected_tags.csv').read_text().splitlines()))
+    assert [tag['name'] for tag in tags] == list(CLASSES) and {tag['category'] for tag in tags} == {'0'}
+    assert [float(tag['best_threshold']) for tag in tags] == pytest.approx(meta['pred_score_thr'], rel=1e-5)
+    thresholds, = csv.DictReader(Path('tagger/thresholds.csv').read_text().splitlines())
+    assert float(thresholds['threshold']) == pytest.approx(np.mean(meta['pred_score_thr']), rel=1e-5)
+    resize, to_tensor, normalize = json.loads(Path('tagger/preprocess.json').read_text())['test']
+    assert (resize['type'], resize['size'], to_tensor) == ('resize', [8, 12], {'type': 'to_tensor'})
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize(resize['size'][::-1])  # of this size already: each resize has its own filter
+    x = (np.asarray(image) / 255 - normalize['mean']) / normalize['std']
+    p, = running.run(['pred_score'], {'input': x.transpose(2, 0, 1)[None].astype(np.float32)})
+    cfg = Config.fromfile('cls.py')
+    sample, = MultiLabelInferencer(cfg, 'cls.pth', 'cpu', show_progress=False)(
+        pixels[..., ::-1], return_datasamples=True)['predictions']
+    assert_close(torch.from_numpy(p[0]), sample.pred_score, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'model.data_preprocessor.to_rgb': False}, 'taggers read RGB images'),
+    ({'model.head.topk': 2, 'model.head.thr': None}, 'the head decides by topk=2'),
+    ({'test_dataloader.dataset.pipeline': [dict(type='LoadImageFromFile'), dict(type='RandomFlip', prob=0.),
+                                           dict(type='Resize', scale=(12, 8)), dict(type='PackInputs')]},
+     'RandomFlip of the test pipeline has no equivalent in preprocess.json')])
+def test_what_taggers_cannot_read_is_refused(change, message):
+    cfg = Config.fromfile('cls.py')
+    cfg.merge_from_dict(change)
+    with pytest.raises(ConfigError, match=message):
+        tagger_files(b'', onnx_export.prepare_classifier(cfg, 'cls.pth').metadata)
 
 
 @pytest.mark.parametrize('thr, topk, expected', [
@@ -232,7 +303,9 @@ def test_maps_of_a_detector(detector):
 @pytest.mark.parametrize('argv, message', [
     (['none.py', 'cls.pth', '--out', 'm.onnx'], 'No such config: none.py'),
     (['cls.py', 'none.pth', '--out', 'm.onnx'], 'No such checkpoint: none.pth'),
-    (['cls.py', 'cls.pth', '--out', 'm.pt'], '--out m.pt: give an .onnx file'),
+    (['cls.py', 'cls.pth', '--out', 'm.pt'], '--out m.pt: give an .onnx file, or a folder for a classifier'),
+    (['fcos.py', 'fcos.pth', '--out', 'tagger'], '--out tagger: give an .onnx file'),
+    (['cls.py', 'cls.pth', '--out', 'm.onnx', '--batch', '0'], '--batch 0: give 1 or more'),
     (['cls.py', 'cls.pth', '--out', 'm.onnx', '--shape', '0', '8'], '--shape 0 8: give 1 or more'),
     (['cls.py', 'cls.pth', '--out', 'm.onnx', '--thr', 'rde=0.5'], r"thr has unknown classes \['rde'\]"),
     (['fcos.py', 'cls.pth', '--out', 'm.onnx'], 'give --shape HEIGHT WIDTH'),
