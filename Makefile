@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 export VENV
 
-.PHONY: setup setup-cls demo test test-slow lint types docs benchmark audit outdated
+.PHONY: setup setup-cls demo test test-slow lint types docs benchmark gpu audit outdated
 setup: $(VENV)/.installed
 setup-cls: $(VENV)/.installed-cls
 
@@ -38,6 +38,10 @@ docs: setup
 # Takes half an hour on 2 cores. MMASL_FULL adds annotations of Open Images' full size.
 benchmark: setup
 	MMASL_FULL=1 $(PY) benchmarks/speed/run.py
+
+# On a machine with a GPU: is the kernel right, and as fast as promised? DATA: folder of photographs to train on.
+gpu: setup
+	$(PY) benchmarks/gpu.py --minutes 10 --out work_dirs/gpu $(if $(DATA),--data $(DATA))
 
 # Asks PyPI for known vulnerabilities of the pinned versions. --strict: a version without an answer is an error.
 audit:

@@ -13,8 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mmasl.ops import triton_impl
+from mmasl.ops.triton_tiles import DEFAULT
 
-WARPS = 4
+ELEMENTS, WARPS = DEFAULT
 BINARIES = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 # An H200: instructions a second of 132 multiprocessors at 1.755 GHz, special functions an eighth of that; what a copy
 # moves of its 4.8 TB/s is not known here.
@@ -33,7 +34,7 @@ def compile_kernel(dtype: str, labels: bool, soft: bool, sums: bool) -> tuple[st
     block_c = triton_impl._class_block(80, 1)
     constants = dict(
         HAS_LABELS=labels, MAY_BE_SOFT=soft, PER_CLASS_POS=False, PER_CLASS_NEG=False, PER_CLASS_CLIP=False,
-        DETACH=False, LOSS=triton_impl.MODES['sum'], BLOCK_R=triton_impl.TILE // block_c, BLOCK_C=block_c,
+        DETACH=False, LOSS=triton_impl.MODES['sum'], BLOCK_R=ELEMENTS // block_c, BLOCK_C=block_c,
         quality_ptr=None, weight_ptr=None, upstream_ptr=None, ignore_index=None, stride_class=1, target_outer=0,
         target_class=0 if labels else 1,
         **{f'{name}_{axis}': 0 for name in ('weight', 'upstream') for axis in ('outer', 'row', 'class')})
@@ -53,7 +54,7 @@ def compile_kernel(dtype: str, labels: bool, soft: bool, sums: bool) -> tuple[st
         cubin = Path(folder) / 'kernel.cubin'
         cubin.write_bytes(compiled.asm['cubin'])
         sass = subprocess.run([BINARIES / 'cuobjdump', '-sass', '-res-usage', cubin], capture_output=True, text=True)
-    return sass.stdout + sass.stderr, triton_impl.TILE // (32 * WARPS)
+    return sass.stdout + sass.stderr, ELEMENTS // (32 * WARPS)
 
 
 def measure(device: str) -> Iterator[dict]:

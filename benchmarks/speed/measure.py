@@ -16,10 +16,11 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 Name = TypeVar('Name')
+Statistic = TypeVar('Statistic')
 
 
 def in_turn(calls: Mapping[Name, Callable[[], object]], seconds: float = 5, least: int = 5,
-            statistic: Callable[[list[float]], float] = median, repeat: int = 1) -> dict[Name, float]:
+            statistic: Callable[[list[float]], Statistic] = median, repeat: int = 1) -> dict[Name, Statistic]:
     """Median (or other ``statistic``) time of each call in seconds.
 
     The calls take turns, so that a slower minute of the machine slows all.

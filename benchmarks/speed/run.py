@@ -14,7 +14,8 @@ from mmasl.reproduce.render import rows_table
 from mmasl.reproduce.runs import read_rows, write_rows
 from mmasl.utils.markdown import fill_blocks, markdown_table
 
-PARTS = ('loss', 'kernel', 'step', 'linear', 'metrics', 'annotations')
+ON_GPU = ('tiles', )
+PARTS = ('loss', 'kernel', 'overhead', 'step', 'linear', 'metrics', 'annotations')
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / 'docs' / 'speed.md', ROOT / 'docs' / 'scale.md', ROOT / 'README.md')
 
@@ -59,34 +60,51 @@ def render(doc: str, folder: Path) -> str:
     return fill_blocks(doc, {kind: partial(block, kind) for kind in ('rows', 'targets', 'summary')})
 
 
+def measure_part(part: Any, device: str, path: Path, **options: Any) -> list[tuple[str, str, bool]]:
+    """Measure a part, with each row in its file as soon as it exists.
+
+    Args:
+        part: A module as of :func:`part_module`.
+        device: 'cpu' or 'cuda'.
+        path: CSV file of the rows.
+        **options: Further arguments of ``part.measure``.
+
+    Returns:
+        Targets: description, measured value, whether it is reached.
+    """
+    rows, start = [], time.time()
+    print(f'== {path.stem}: {part.__doc__.strip().splitlines()[0]}', flush=True)
+    for row in part.measure(device, **options):
+        rows.append(row)
+        write_rows(path, rows)
+        print(f'[{time.time() - start:5.0f} s]', ', '.join(f'{k} {v}' for k, v in row.items() if v != ''), flush=True)
+    results = part.targets(read_rows(path))
+    for words, measured, reached in results:
+        print('reached    ' if reached else 'NOT REACHED', f'{words}: {measured}', flush=True)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('parts', nargs='*', metavar='PART', help=f'any of {", ".join(PARTS)}; default: all')
+    parser.add_argument('parts', nargs='*', metavar='PART',
+                        help=f'any of {", ".join(PARTS)}, and on a GPU {", ".join(ON_GPU)}; default: all')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--out', type=Path, default=ROOT / 'benchmarks' / 'speed', help='folder of the CSV files')
     parser.add_argument('--render', action='store_true',
                         help='do not measure; only write the present rows into the documents')
     args = parser.parse_args()
-    if unknown := sorted(set(args.parts) - set(PARTS)):
-        parser.error(f'unknown part {", ".join(unknown)}; choose from {", ".join(PARTS)}')
+    parts = ON_GPU + PARTS if args.device == 'cuda' else PARTS
+    if unknown := sorted(set(args.parts) - set(parts)):
+        parser.error(f'unknown part {", ".join(unknown)} on {args.device}; choose from {", ".join(parts)}')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: PyTorch finds no GPU. Omit --device to measure on the CPU')
 
-    missed = []
-    for name in [] if args.render else args.parts or PARTS:
-        part, rows, start = part_module(name), [], time.time()
-        print(f'== {name} on {args.device}: {part.__doc__.strip().splitlines()[0]}', flush=True)
-        for row in part.measure(args.device):
-            rows.append(row)
-            print(f'[{time.time() - start:5.0f} s]', ', '.join(f'{k} {v}' for k, v in row.items() if v != ''),
-                  flush=True)
-        write_rows(args.out / f'{name}_{args.device}.csv', rows)
-        for words, measured, reached in part.targets(read_rows(args.out / f'{name}_{args.device}.csv')):
-            print('reached    ' if reached else 'NOT REACHED', f'{words}: {measured}', flush=True)
-            if not reached:
-                missed.append(f'{words}: {measured}')
+    missed = [f'{words}: {measured}' for name in ([] if args.render else args.parts or parts)
+              for words, measured, reached in measure_part(part_module(name), args.device,
+                                                           args.out / f'{name}_{args.device}.csv') if not reached]
     for doc in DOCS:
         doc.write_text(render(doc.read_text(), args.out))
+    part_module('tiles').write(read_rows(args.out / 'tiles_cuda.csv'))
     if missed:
         print(f'\n{len(missed)} targets are not reached:', *missed, sep='\n  ')
 

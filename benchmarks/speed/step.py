@@ -13,19 +13,19 @@ ASL = dict(type='mmasl.AsymmetricLoss', use_sigmoid=True)
 CLASSES = 80
 
 
-def classifier(loss: dict, images: int) -> tuple[nn.Module, torch.Tensor, list]:
-    """MMPretrain's ResNet-50 with a multi-label head for 80 classes at 224 px."""
+def classifier(loss: dict, images: int, size: tuple[int, int]) -> tuple[nn.Module, torch.Tensor, list]:
+    """MMPretrain's ResNet-50 with a multi-label head for 80 classes."""
     from mmpretrain.structures import DataSample
     model = MODELS.build(dict(
         type='mmpretrain.ImageClassifier', backbone=dict(type='mmpretrain.ResNet', depth=50),
         neck=dict(type='mmpretrain.GlobalAveragePooling'),
         head=dict(type='mmpretrain.MultiLabelLinearClsHead', num_classes=CLASSES, in_channels=2048, loss=loss)))
     samples = [DataSample().set_gt_score((torch.rand(CLASSES) < 0.04).float()) for _ in range(images)]
-    return model, torch.randn(images, 3, 224, 224), samples
+    return model, torch.randn(images, 3, *size), samples
 
 
-def detector(loss: dict, images: int) -> tuple[nn.Module, torch.Tensor, list]:
-    """MMDetection's stock FCOS-R50 at 800 x 1344 px, with seven boxes per image."""
+def detector(loss: dict, images: int, size: tuple[int, int]) -> tuple[nn.Module, torch.Tensor, list]:
+    """MMDetection's stock FCOS-R50, with seven boxes per image."""
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
     config = get_config('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py').model
@@ -34,36 +34,40 @@ def detector(loss: dict, images: int) -> tuple[nn.Module, torch.Tensor, list]:
     model = MODELS.build(dict(config, type='mmdet.FCOS'))
     samples = []
     for _ in range(images):
-        corner = torch.rand(7, 2) * torch.tensor([900., 500.])
-        sample = DetDataSample(metainfo=dict(img_shape=(800, 1344), batch_input_shape=(800, 1344)))
-        sample.gt_instances = InstanceData(bboxes=torch.cat([corner, corner + 40 + torch.rand(7, 2) * 250], 1),
+        corner = torch.rand(7, 2) * torch.tensor([size[1] * 0.7, size[0] * 0.7])
+        sample = DetDataSample(metainfo=dict(img_shape=size, batch_input_shape=size))
+        extent = (0.05 + torch.rand(7, 2) * 0.25) * size[0]
+        sample.gt_instances = InstanceData(bboxes=torch.cat([corner, corner + extent], 1),
                                            labels=torch.randint(CLASSES, (7, )))
         samples.append(sample)
-    return model, torch.randn(images, 3, 800, 1344), samples
+    return model, torch.randn(images, 3, *size), samples
 
 
 CASES = {
-    'ResNet-50, 224 px': ('mmpretrain', classifier, dict(cpu=64, cuda=64), dict(
+    'ResNet-50, 224 px': ('mmpretrain', classifier, dict(cpu=64, cuda=256), (224, 224), dict(
         bce=dict(type='mmpretrain.CrossEntropyLoss', use_sigmoid=True),
         asl=dict(ASL, gamma_pos=0., gamma_neg=4., clip=0.05))),
-    'FCOS-R50, 800 x 1344 px': ('mmdet', detector, dict(cpu=1, cuda=16), dict(
+    'FCOS-R50, 800 x 1344 px': ('mmdet', detector, dict(cpu=1, cuda=16), (800, 1344), dict(
         focal=dict(type='mmdet.FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25),
         asl=dict(ASL, gamma_pos=1., gamma_neg=2., clip=0., alpha=0.25))),
 }
 
 
-def train_step(loss: dict, build: Callable, images: int, device: str) -> Callable[[], None]:
-    """A call that runs one training step with a loss."""
+def train_step(loss: dict, build: Callable, images: int, size: tuple[int, int], device: str) -> Callable[[], None]:
+    """A call that runs one training step with a loss, with mixed precision on a GPU."""
     torch.manual_seed(0)
-    model, inputs, samples = build(loss, images)
+    model, inputs, samples = build(loss, images, size)
     model, inputs, samples = model.to(device).train(), inputs.to(device), [sample.to(device) for sample in samples]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    scaler = torch.amp.GradScaler(device, enabled=device == 'cuda')
 
     def call() -> None:
         optimizer.zero_grad()
-        losses = model(inputs, samples, mode='loss')
-        model.parse_losses(losses)[0].backward()
-        optimizer.step()
+        with torch.autocast(device, torch.float16, enabled=device == 'cuda'):
+            losses = model(inputs, samples, mode='loss')
+        scaler.scale(model.parse_losses(losses)[0]).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
     return call
 
@@ -87,17 +91,24 @@ def loss_only(loss: dict, images: int, device: str, is_detector: bool) -> Callab
     return call
 
 
-def measure(device: str) -> Iterator[dict]:
-    """Time the steps and the losses alone."""
-    for case, (scope, build, images, losses) in CASES.items():
+def measure(device: str, quick: bool = False) -> Iterator[dict]:
+    """Time the steps and the losses alone.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+        quick: One small image and two rounds, to see that everything runs.
+    """
+    for case, (scope, build, images, size, losses) in CASES.items():
         stock = next(iter(losses))
         again = f'{stock} again'  # its difference from the first is noise of the machine
+        seconds, least = (0, 1) if quick else (60, 4) if device == 'cpu' else (15, 4)
         with DefaultScope.overwrite_default_scope(scope):
-            count, variants = images[device], losses | {again: losses[stock]}
-            steps = in_turn({name: train_step(loss, build, count, device) for name, loss in variants.items()},
-                            60, 4, min)
+            count, pixels = (1, (128, 160)) if quick else (images[device], size)
+            variants = losses | {again: losses[stock]}
+            steps = in_turn({name: train_step(loss, build, count, pixels, device) for name, loss in variants.items()},
+                            seconds, least, min)
             alone = in_turn({name: loss_only(loss, count, device, scope == 'mmdet') for name, loss in losses.items()},
-                            3)
+                            0.1 if quick else 3)
         for name in variants:
             row = dict(model=case, images=count, loss=name, step_ms=round(1e3 * steps[name], 2),
                        step_over_stock=round(steps[name] / steps[stock], 4))

@@ -5,7 +5,9 @@ adds them in a fixed order: without atomics results are deterministic. The kerne
 changing one does not recompile it.
 """
 import logging
+from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mmasl.ops import torch_impl
-from mmasl.ops.torch_impl import Problem, Result
+from mmasl.ops.torch_impl import LARGE, Problem, Result
+from mmasl.ops.triton_tiles import DEFAULT, TILES
 
 try:
     from triton import knobs
@@ -22,7 +25,7 @@ try:
 except ImportError:
     raise ImportError(f'the kernel needs Triton 3.4 or newer, and Triton {triton.__version__} is installed') from None
 
-TILE = 2048  # elements of a program
+SCALE_TILE = 2048  # elements of a program of scale_
 INTERPRETED = knobs.runtime.interpret  # by TRITON_INTERPRET=1, which runs the kernel on the CPU
 FAST = tl.constexpr(not INTERPRETED)
 HIP = tl.constexpr(torch.version.hip is not None)
@@ -69,9 +72,10 @@ def check(device: torch.device, dtype: torch.dtype) -> str:
         # 37 x 11, which fills no tile, and logits that bfloat16 holds. With g+ > 0 and a margin no term drops out.
         place = torch.arange(407, device='cpu').view(37, 11)
         hard_and_soft = torch.where(place % 3 == 0, 0.25, (place % 2).double())
-        parameters = (torch.full((), value, dtype=parameter_dtype, device=device) for value in (1., 4., 0.05))
+        gamma_pos, gamma_neg, clip = (torch.full((), value, dtype=parameter_dtype, device=device)
+                                      for value in (1., 4., 0.05))
         return Problem((place % 161 / 2 - 40).to(device, dtype), hard_and_soft.to(device, parameter_dtype), None, None,
-                       *parameters, None, None, False, None, 'sum')
+                       gamma_pos, gamma_neg, clip, None, None, False, None, 'sum')
 
     try:
         found = run(problem(device, dtype, torch.float32), need_sums=True)
@@ -109,18 +113,57 @@ def like(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(logits.shape, dtype=dtype, device=logits.device)
 
 
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """'sm_90' of an H100, 'gfx942' of an MI300; empty for the interpreter."""
+    if device.type != 'cuda':
+        return ''
+    properties = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.partition(':')[0] if HIP.value else f'sm_{properties.major}{properties.minor}'
+
+
+class Plan(NamedTuple):
+    """How the logits are read and cut into tiles: see :func:`layout`."""
+    outer: int
+    inner: int
+    stride_row: int
+    stride_class: int
+    block_r: int
+    block_c: int
+    tiles_r: int
+    tiles_c: int
+    warps: int
+
+
+@lru_cache(maxsize=256)
+def _plan(shape: tuple[int, ...], read: tuple[int, int, int, int], tile: tuple[int, int]) -> Plan:
+    _, inner, _, stride_class = read
+    classes, (elements, warps) = shape[-1] if shape else 1, tile
+    block_c = _class_block(max(classes, 1), stride_class)
+    block_r = min(max(elements // block_c, 1), triton.next_power_of_2(max(inner, 1)))
+    return Plan(*read, block_r, block_c, triton.cdiv(inner, block_r), triton.cdiv(classes, block_c), warps)
+
+
 def run(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_sums: bool = False,
-        upstream: Tensor | None = None) -> Result:
-    """As :func:`mmasl.ops.torch_impl.run`; elementwise results have the memory layout of the logits."""
+        upstream: Tensor | None = None, tile: tuple[int, int] | None = None) -> Result:
+    """As :func:`mmasl.ops.torch_impl.run`; elementwise results have the memory layout of the logits.
+
+    Args:
+        problem, need_loss, need_grad, need_sums, upstream: As there.
+        tile: Elements (a power of two) and warps of a program; None for those of mmasl/ops/triton_tiles.py.
+    """
     (logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing, ignore_index,
      reduction) = problem
-    classes, empty = logits.shape[-1] if logits.dim() else 1, logits.numel() == 0
+    size = logits.numel()
+    classes, empty = logits.shape[-1] if logits.dim() else 1, size == 0
     has_labels = quality is not None or target.shape != logits.shape
-    z = logits if layout(logits) else logits.contiguous()
-    outer, inner, stride_row, stride_class = layout(z)
-    block_c = _class_block(max(classes, 1), stride_class)
-    block_r = min(TILE // block_c, triton.next_power_of_2(max(inner, 1)))
-    tiles_r, tiles_c = triton.cdiv(inner, block_r), triton.cdiv(classes, block_c)
+    z, read = logits, layout(logits)
+    if read is None:
+        z = logits.contiguous()
+        read = 1, size // max(classes, 1), classes, 1
+    if tile is None:
+        tile = TILES.get((architecture(logits.device), 'large' if size >= LARGE else 'small'), DEFAULT)
+    outer, inner, stride_row, stride_class, block_r, block_c, tiles_r, tiles_c, warps = _plan(logits.shape, read, tile)
     tiles = outer * tiles_r * tiles_c
 
     make = torch.zeros if empty else torch.empty
@@ -153,7 +196,8 @@ def run(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_s
                 HAS_LABELS=has_labels,
                 MAY_BE_SOFT=quality is not None or (not has_labels and target.is_floating_point()),
                 PER_CLASS_POS=gamma_pos.dim() == 1, PER_CLASS_NEG=gamma_neg.dim() == 1, PER_CLASS_CLIP=clip.dim() == 1,
-                DETACH=detach_focusing, LOSS=MODES[reduction] if need_loss else 0, BLOCK_R=block_r, BLOCK_C=block_c)
+                DETACH=detach_focusing, LOSS=MODES[reduction] if need_loss else 0, BLOCK_R=block_r, BLOCK_C=block_c,
+                num_warps=warps)
     if need_loss and reduction != 'none':
         loss = loss.sum(0)
     return loss, grad, sums.sum(0) if need_sums else None
@@ -163,7 +207,7 @@ def scale_(grad: Tensor, factor: Tensor) -> Tensor:
     """``grad`` times a tensor of shape (), in place; nothing is read or written where the factor is 1."""
     if grad.numel():
         with torch.cuda.device_of(grad):
-            _scale_kernel[(triton.cdiv(grad.numel(), TILE), )](grad, factor, grad.numel(), BLOCK=TILE)
+            _scale_kernel[(-(-grad.numel() // SCALE_TILE), )](grad, factor, grad.numel(), BLOCK=SCALE_TILE)
     return grad
 
 

@@ -6,6 +6,7 @@ several runs side by side, shows their progress and resumes interrupted ones.
 import csv
 import datetime
 import hashlib
+import io
 import json
 import os
 import platform
@@ -227,10 +228,11 @@ def write_rows(path: Path, rows: Sequence[dict]) -> None:
     origin = dict(zip(ORIGIN, (commit, datetime.date.today().isoformat(), torch.__version__, device), strict=True))
     path.parent.mkdir(parents=True, exist_ok=True)
     names = dict.fromkeys(name for row in rows for name in row if name not in origin)
-    with path.open('w', newline='') as file:
-        writer = csv.DictWriter(file, [*names, *origin], lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(origin | row for row in rows)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [*names, *origin], lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(origin | row for row in rows)
+    atomic_write(path, file.getvalue().encode())
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
