@@ -30,8 +30,8 @@ class Trial:
     weight_decay: float
 
 
-TRIALS = tuple(Trial(lr, weight_decay) for lr in (2e-3, 8e-3, 3.2e-2) for weight_decay in (0.01, 0.3))
-EPOCHS = 30
+TRIALS = tuple(Trial(lr, weight_decay) for lr in (5e-4, 2e-3, 8e-3, 3.2e-2) for weight_decay in (0.01, 0.3))
+EPOCHS = 20
 BATCH_SIZE = 64
 INIT_STD = 0.01  # of MMPretrain's linear heads
 FOLDS = 5

@@ -1,0 +1,160 @@
+"""Write the tables of docs/choosing.md and the picture from the rows of benchmarks/photos/."""
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import spearmanr
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from benchmarks.photos import last_stage  # noqa: E402
+from benchmarks.photos.frozen import ASL, CE, DATA, DOC, PICTURE, ROWS, describe, key  # noqa: E402
+from mmasl.reproduce.runs import read_rows  # noqa: E402
+from mmasl.utils.markdown import fill_blocks, markdown_table  # noqa: E402
+from mmasl.utils.statistics import interval  # noqa: E402
+
+Column = dict[str, np.ndarray]  # values of a setting by figure, one for each repetition
+FIGURES = ('mAP', 'frequent', 'middle', 'rare', 'CF1', 'OF1', 'CF1_calibrated', 'OF1_calibrated')
+
+
+def read_columns(data: str) -> dict[tuple[str, ...], Column]:
+    """The figures of the settings of a data set."""
+    found: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in read_rows(ROWS):
+        if row['data'] == data:
+            found.setdefault(key(row)[1:], []).append(row)
+    return {setting: {figure: np.array([float(row[figure]) for row in rows]) for figure in FIGURES}
+            for setting, rows in found.items()}
+
+
+def name(setting: Sequence[str]) -> str:
+    """A setting as the tables have it: (gamma_pos, gamma_neg, clip), alpha and gradient."""
+    gamma_pos, gamma_neg, clip, alpha, gradient = setting
+    return f'({gamma_pos}, {gamma_neg}, {clip})' + (f', alpha {alpha}' if alpha else '') + (
+        ', constant weight' if gradient == 'constant weight' else '')
+
+
+def against(column: Column, baseline: Column, figure: str = 'mAP') -> tuple[float, float]:
+    """Mean of the paired differences to a baseline, and half-width of its 95 % interval."""
+    return interval(column[figure] - baseline[figure])
+
+
+def cross_entropy(columns: dict[tuple[str, ...], Column]) -> Column:
+    return columns[key(describe('', CE))[1:]]
+
+
+def table(data: str) -> str:
+    """The settings of a data set, the best first."""
+    columns = read_columns(data)
+    lines = []
+    for setting in sorted(columns, key=lambda one: -columns[one]['mAP'].mean()):
+        column = columns[setting]
+        mean, half = interval(column['mAP'])
+        difference = against(column, cross_entropy(columns))
+        lines.append([name(setting), f'{mean:.1f} ± {half:.1f}',
+                      '' if column is cross_entropy(columns) else '{:+.2f} ± {:.2f}'.format(*difference),
+                      *(f'{column[figure].mean():.1f}' for figure in FIGURES[1:])])
+    heads = ['setting', 'mAP', 'against cross-entropy', *(figure.replace('_', ', ') for figure in FIGURES[1:])]
+    return markdown_table(lines, heads)
+
+
+def draw() -> None:
+    """The difference to cross-entropy of every setting on every data set, as a map."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    found = {data: columns for data in DATA if (columns := read_columns(data))}
+    names = list(dict.fromkeys(setting for columns in found.values() for setting in columns))
+    differences = np.full((len(names), len(found)), np.nan)
+    figure, axis = plt.subplots(figsize=(2 + 1.5 * len(found), 1 + 0.28 * len(names)), layout='constrained')
+    for j, columns in enumerate(found.values()):
+        for i, setting in enumerate(names):
+            if setting in columns:
+                mean, half = against(columns[setting], cross_entropy(columns))
+                differences[i, j] = mean
+                axis.text(j, i, f'{mean:+.1f}' + ('' if abs(mean) > half else ' ='), ha='center', va='center',
+                          fontsize=8)
+    axis.imshow(differences, cmap='RdBu', vmin=-5, vmax=5, aspect='auto')
+    axis.set(xticks=range(len(found)), yticks=range(len(names)), yticklabels=map(name, names))
+    axis.set_xticklabels([DATA[data].title.replace(', ', ',\n').replace(' of labels', '\nof labels') for data in found],
+                         fontsize=8)
+    axis.set_title('mAP against cross-entropy; "=": the interval contains 0', fontsize=9)
+    figure.savefig(PICTURE, dpi=110)
+    plt.close(figure)
+
+
+def trained_table(data: str) -> str:
+    """The settings whose last stage was trained, the best first."""
+    figures = ('mAP', 'CF1', 'OF1', 'CF1_calibrated', 'OF1_calibrated')
+    rows = [row for row in read_rows(last_stage.ROWS) if row['data'] == data]
+    rows.sort(key=lambda row: -float(row['mAP']))
+    return markdown_table(
+        [[name(key(row)[1:]), row['lr'], row['seed'], *(f'{float(row[figure]):.1f}' for figure in figures)]
+         for row in rows], ['setting', 'learning rate', 'seed', *(figure.replace('_', ', ') for figure in figures)])
+
+
+def trained_scores(data: str) -> dict[tuple[str, ...], float]:
+    """mAP of the settings whose last stage was trained: mean over the seeds, of the better learning rate."""
+    found: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for row in read_rows(last_stage.ROWS):
+        if row['data'] == data:
+            found.setdefault(key(row)[1:], {}).setdefault(row['lr'], []).append(float(row['mAP']))
+    return {setting: max(float(np.mean(values)) for values in by_rate.values()) for setting, by_rate in found.items()}
+
+
+class Agreement(NamedTuple):
+    """How far the search on frozen features predicts the training of the last stage.
+
+    Args:
+        settings: Number of settings that have both.
+        correlation: Spearman's rank correlation.
+        chosen: The best setting of the search.
+        behind: mAP that the chosen setting loses against the best one in training.
+        default: The same for ASL's usual setting.
+    """
+    settings: int
+    correlation: float
+    chosen: tuple[str, ...]
+    behind: float
+    default: float
+
+
+def agreement(data: str) -> Agreement:
+    """Compare the search on a data set, which a user sees, with the training of the last stage."""
+    trained = trained_scores(data)
+    searched = {key(row)[1:]: float(row['search_mAP']) for row in read_rows(ROWS) if row['data'] == data}
+    common = [setting for setting in trained if setting in searched]
+    best = max(trained.values())
+    chosen = max(common, key=lambda setting: searched[setting])
+    correlation = spearmanr([searched[one] for one in common], [trained[one] for one in common]).statistic
+    return Agreement(len(common), float(correlation), chosen, best - trained[chosen],
+                     best - trained[key(describe('', ASL))[1:]])
+
+
+def agreement_table(_: str) -> str:
+    """The agreement on every data set that has rows of both."""
+    lines = []
+    for data in dict.fromkeys(row['data'] for row in read_rows(last_stage.ROWS)):
+        found = agreement(data)
+        lines.append([DATA[data].title, found.settings, f'{found.correlation:.2f}', name(found.chosen),
+                      f'{found.behind:.1f}', f'{found.default:.1f}'])
+    return markdown_table(lines, ['data', 'settings', 'rank correlation', 'chosen by the probe',
+                                  'mAP behind the best', 'ASL (0, 4, 0.05) behind the best'])
+
+
+def page(text: str) -> str:
+    """docs/choosing.md with its tables."""
+    return fill_blocks(text, dict(frozen=table, trained=trained_table, agreement=agreement_table))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
+    draw()
+    DOC.write_text(page(DOC.read_text()))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,151 @@
+"""benchmarks/photos: repetitions are paired, labels are removed for training only, and documents follow the rows."""
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+from benchmarks.photos import frozen, last_stage, render
+from mmasl.analysis.gradient import Setting
+from mmasl.analysis.probe import TRIALS
+from mmasl.reproduce.runs import read_rows
+
+
+def make_features(count: int = 200, classes: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 8, generator=generator)
+    z = 2 * x @ torch.randn(8, classes, generator=generator) - torch.arange(classes)
+    return x, (z > 0).to(torch.int8)
+
+
+@pytest.fixture
+def measured(monkeypatch) -> dict[str, list[dict]]:
+    """Rows of two settings without and with missing labels, and what the heads were trained on."""
+    monkeypatch.setitem(frozen.EPOCHS, 'voc', 2)
+    monkeypatch.setattr(frozen, 'REPETITIONS', 3)
+    seen = []
+    fit = frozen.fit_heads
+    monkeypatch.setattr(frozen, 'fit_heads', lambda x, y, rows, *args, **kwargs: (
+        seen.append((y, rows)), fit(x, y, rows, *args, **kwargs))[1])
+    features = dict(train=make_features(), test=make_features())
+    found = {name: [list(frozen.measure(name, setting, features)) for setting in (frozen.CE, frozen.ASL)]
+             for name in ('voc', 'voc-60')}
+    return found | dict(seen=seen)
+
+
+def test_repetitions_are_paired(measured):
+    (complete, first), (same, second), (missing, third), (again, fourth) = measured['seen']
+    assert first.shape == (3, 160) and all(len(set(row.tolist())) == 160 for row in first)
+    for rows in (second, third, fourth):
+        assert torch.equal(first, rows)
+    _, labels = make_features()
+    assert torch.equal(complete, same) and all(torch.equal(one, labels) for one in complete)
+    assert torch.equal(missing, again)
+    assert ((missing == 1) <= (labels == 1)).all()
+    kept = (missing.sum((1, 2)) / labels.sum()).tolist()
+    assert kept == pytest.approx([0.4] * 3, abs=0.1) and not torch.equal(missing[0], missing[1])
+
+
+def test_rows_have_the_groups_of_classes(measured):
+    for rows in (*measured['voc'], *measured['voc-60']):
+        assert [row['repetition'] for row in rows] == [0, 1, 2]
+        for row in rows:  # equal groups of 2 of 6 classes
+            values = [float(row[group]) for group in frozen.GROUPS]
+            assert float(row['mAP']) == pytest.approx(np.mean(values), abs=0.05)
+    ce, asl = measured['voc']
+    assert {row['CF1'] for row in ce} == {row['CF1_calibrated'] for row in ce}
+    assert any(row['CF1'] != row['CF1_calibrated'] for row in asl)
+
+
+def test_remove_labels_keeps_ignored_ones():
+    labels = torch.tensor([1, 0, -1], dtype=torch.int8).repeat(100, 1)
+    removed = frozen.remove_labels(labels, 0.5, 0)
+    assert (removed[:, 1:] == labels[:, 1:]).all() and 20 < removed[:, 0].sum() < 80
+
+
+@pytest.mark.slow
+def test_last_stage_is_the_end_of_the_classifier():
+    """On the output of stage 5, its layers return the features of the classifier."""
+    cfg = Config.fromfile(frozen.ROOT / 'configs/photos/efficientnet-lite0_bce_voc.py')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+    maps = []
+    model.backbone.timm_model.blocks[5].register_forward_hook(lambda module, args, out: maps.append(out))
+    layers = last_stage.build().eval()
+    with torch.no_grad():
+        features, = model.eval().extract_feat(torch.randn(2, 3, 64, 64))
+        torch.testing.assert_close(layers[:-1](maps[0]), features, rtol=1e-4, atol=1e-4)
+        assert layers(maps[0]).shape == (2, 20)
+    trained, total = (sum(weight.numel() for weight in one.parameters()) for one in (layers, model))
+    assert trained / total == pytest.approx(0.3, abs=0.02), 'as the script and the document say'
+
+
+def test_committed_rows_are_complete():
+    rows = read_rows(frozen.ROWS)
+    counts = Counter(map(frozen.key, rows))
+    assert set(counts.values()) == {frozen.REPETITIONS}
+    baselines = {row['data'] for row in rows if frozen.key(row) == frozen.key(frozen.describe(row['data'], frozen.CE))}
+    assert baselines == {row['data'] for row in rows}, 'every data set has cross-entropy'
+    # The same grid for all.
+    assert {row['lr'] for row in rows} <= {f'{trial.lr:g}' for trial in TRIALS}
+
+
+def test_tables_are_those_of_the_rows():
+    text = render.DOC.read_text()
+    assert render.page(text) == text, 'run benchmarks/photos/render.py'
+
+
+def columns(data: str, *setting: float) -> render.Column:
+    """Figures of (gamma_pos, gamma_neg, clip) with the gradient of Eq. 8."""
+    return render.read_columns(data)[frozen.key(frozen.describe('', Setting(*setting)))[1:]]
+
+
+def lead(data: str, *setting: float) -> int:
+    """1 if a setting is ahead of cross-entropy in mAP, -1 if behind, 0 if the interval contains 0."""
+    mean, half = render.against(columns(data, *setting), columns(data, 0, 0, 0))
+    return 0 if abs(mean) <= half else int(np.sign(mean))
+
+
+def test_what_the_document_says_of_complete_labels():
+    leads = {setting: lead('voc', *setting) for setting in (
+        (0, 4, 0.05), (0, 2, 0), (0, 0, 0.05), (2, 2, 0), (1, 4, 0))}
+    assert list(leads.values()) == [1, 1, 1, -1, 0]
+    rates = {row['gamma_neg']: float(row['lr']) for row in read_rows(frozen.ROWS)
+             if row['data'] == 'voc' and row['gradient'] == 'Eq. 8'
+             and (row['gamma_pos'], row['gamma_neg'], row['clip']) in (('0', '0', '0'), ('0', '4', '0.05'))}
+    assert rates['4'] == min(trial.lr for trial in TRIALS) < rates['0']
+    asl, ce = columns('voc', 0, 4, 0.05), columns('voc', 0, 0, 0)
+    for figure in ('CF1', 'OF1'):
+        assert (asl[figure] < ce[figure]).all() and (asl[f'{figure}_calibrated'] > ce[figure]).all()
+
+
+def test_what_the_document_says_of_missing_labels():
+    leads = {setting: lead('voc-60', *setting) for setting in ((0, 4, 0.05), (0, 0, 0.05), (0, 2, 0))}
+    assert list(leads.values()) == [-1, -1, 1]
+    asl, ce = columns('voc-60', 0, 4, 0.05), columns('voc-60', 0, 0, 0)
+    assert 2.5 < asl['CF1'].mean() / ce['CF1'].mean() < 3
+    assert asl['CF1_calibrated'].mean() < asl['CF1'].mean()
+
+
+def test_what_the_document_says_of_a_long_tail():
+    assert (lead('corel5k', 0, 4, 0.05), lead('corel5k', 2, 2, 0)) == (1, -1)
+    asl, ce = columns('corel5k', 0, 4, 0.05), columns('corel5k', 0, 0, 0)
+    gains = [asl[group].mean() - ce[group].mean() for group in frozen.GROUPS]
+    assert gains == sorted(gains)
+    assert asl['mAP'].mean() - ce['mAP'].mean() > columns('voc', 0, 4, 0.05)['mAP'].mean() - columns(
+        'voc', 0, 0, 0)['mAP'].mean()
+
+
+def test_what_the_document_says_of_trained_layers():
+    ce, asl = (frozen.key(frozen.describe('', setting))[1:] for setting in (frozen.CE, frozen.ASL))
+    at_rate = {(row['data'], row['lr'], frozen.key(row)[1:]): float(row['mAP']) for row in read_rows(last_stage.ROWS)}
+    assert at_rate['voc', '0.0003', asl] > at_rate['voc', '0.0003', ce]
+    assert at_rate['voc', '0.001', asl] < at_rate['voc', '0.001', ce]
+    best = render.trained_scores('voc')
+    assert 0 < best[ce] - best[asl] < 1
+    assert at_rate['voc-60', '0.001', ce] - at_rate['voc-60', '0.001', asl] > 5
+    found = render.agreement('voc')
+    assert found.behind > 0.3 and found.chosen == asl
