@@ -14,10 +14,12 @@ from rich.console import Console
 from mmasl.analysis.error_analysis import Predictions, analyse_errors, list_suspects
 from mmasl.analysis.error_page import render_error_page
 from mmasl.apis.dataset_predictions import predict_dataset
+from mmasl.apis.model_files import load_checkpoint
 from mmasl.errors import ConfigError
 from mmasl.models.heads.calibrated_predictions import calibration_settings
 from mmasl.ops import posterior_upper_bound
 from mmasl.utils.checkpoint import safe_checkpoint_loading
+from mmasl.utils.thresholds import STORED
 from mmasl.utils.tools import (
     build_runner,
     check_data,
@@ -90,7 +92,9 @@ def predict(cfg: Config, amp: bool = False) -> tuple[Predictions, str]:
         posterior_upper_bound(**settings)
     except (TypeError, ValueError):  # another loss, or alpha of 0 or 1
         settings = None
-    predictions = Predictions(found.logits.numpy(), found.labels.numpy(), found.images, found.classes, settings)
+    thresholds = load_checkpoint(cfg.load_from).get('state_dict', {}).get(STORED)
+    predictions = Predictions(found.logits.numpy(), found.labels.numpy(), found.images, found.classes, settings,
+                              None if thresholds is None else thresholds.numpy())
     return predictions, str(head.loss_module)
 
 

@@ -1,6 +1,6 @@
 """Counts the errors of a multi-label classifier and finds its most confident ones, which may be wrong labels."""
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ class Predictions(NamedTuple):
         labels: int8 (N, C): 1 positive, 0 negative, -1 ignored.
         images: Path or URL of each image, '' if unknown.
         classes: Names of the C classes.
+        thresholds: p from which labels are predicted, float (C,); None: see :func:`analyse_errors`.
         settings: Parameters of the loss as keyword arguments of :func:`mmasl.ops.posterior`: numbers, or tensors of
             shape () or (C,). None for a loss without a posterior in closed form.
     """
@@ -32,6 +33,7 @@ class Predictions(NamedTuple):
     images: Sequence[str]
     classes: Sequence[str]
     settings: Mapping[str, Any] | None = None
+    thresholds: np.ndarray | None = None
 
 
 class Misprediction(NamedTuple):
@@ -65,7 +67,8 @@ class ErrorAnalysis:
         gaps: Probability gap of each class and, last, of all labels, (C + 1,).
         histograms: Negatives and positives by p, (C, 2, BINS). Bin k counts k / BINS < p <= (k + 1) / BINS; the first
             bin includes p = 0.
-        half: p at which the posterior is 1/2. It is 1/2 without a posterior, and 1 if the posterior stays below 1/2.
+        half: p from which labels are predicted: the threshold, or where the posterior is 1/2. It is 1/2 without either,
+            and 1 if the posterior stays below 1/2.
         p_star: p beyond which the loss discards negatives; NaN if it discards none.
         false_positives: The most confident first: the ``top`` first, and all beyond p*.
         false_negatives: The ``top`` most confident, the most confident first.
@@ -93,7 +96,8 @@ class ErrorAnalysis:
 def analyse_errors(predictions: Predictions, top: int = 60) -> ErrorAnalysis:
     """Count the errors and find the most confident ones.
 
-    A label is predicted where its posterior exceeds 1/2, or p if there is no posterior.
+    A label is predicted where p is at least its threshold, if there are thresholds; or else where its posterior exceeds
+    1/2; or p, if there is no posterior.
 
     Args:
         predictions: Logits and labels.
@@ -114,6 +118,10 @@ def analyse_errors(predictions: Predictions, top: int = 60) -> ErrorAnalysis:
         reports = {'posterior > 1/2': multilabel_metrics(p, labels, conventions, classes, decisive)[0], **reports}
 
     predicted = decisive > 0.5
+    if predictions.thresholds is not None:
+        half, predicted = predictions.thresholds, p >= predictions.thresholds
+        stored = replace(conventions, threshold=half.tolist(), inclusive=True)
+        reports = {'p at its threshold': multilabel_metrics(p, labels, stored, classes)[0], **reports}
     counts = count_outcomes(predicted, labels)
     missed, wrong = ~predicted & (labels == 1), predicted & (labels == 0)
     worst = _largest(missed.sum(0) + wrong.sum(0), PAIR_CLASSES)

@@ -97,10 +97,15 @@ def _count_facts(predictions: Predictions) -> dict[str, str]:
 
 
 def _describe_rule(errors: ErrorAnalysis, predictions: Predictions) -> str:
+    if predictions.thresholds is not None:
+        text = f'Below, labels are predicted from the thresholds of the checkpoint on: at p of {_span(errors.half)}. '
+    if predictions.settings is None and predictions.thresholds is not None:
+        return text + 'This loss has no known p* beyond which it discards negatives.'
     if predictions.settings is None:
         return ('Below, labels are predicted at p > 1/2. This loss has no posterior in closed form and no known p* '
                 'beyond which it discards negatives.')
-    text = f'Below, labels are predicted where the posterior exceeds 1/2: at p > {_span(errors.half)}. '
+    if predictions.thresholds is None:
+        text = f'Below, labels are predicted where the posterior exceeds 1/2: at p > {_span(errors.half)}. '
     if np.isnan(errors.p_star).all():
         return text + 'This setting discards no negatives: their gradient does not vanish for p → 1.'
     return text + (f'Beyond p* = {_span(errors.p_star)} the gradient of a negative decreases to 0: the loss treats the '

@@ -28,7 +28,7 @@ from mmasl.errors import CheckpointError, ConfigError, NonFiniteError
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
 from mmasl.ops import posterior_upper_bound
 from mmasl.utils.checkpoint import load_weights
-from mmasl.utils.thresholds import expand_thresholds
+from mmasl.utils.thresholds import STORED, expand_thresholds
 from mmasl.utils.tools import drop_pretrained
 
 DEFAULT_THR = 0.5  # for classes without a threshold of the caller or of the head
@@ -96,10 +96,10 @@ class MultiLabelInferencer(BaseInferencer):
                 (N, H, W, 3), or a list of these.
             return_datasamples: Whether to return data samples with the scores of all classes instead of dicts.
             batch_size: Images per batch. Images of different sizes after the pipeline are split further.
-            thr: Thresholds in [0, 1]: a number, one per class, or a dict by class name. The head's thresholds are used
-                for classes that the dict does not name.
+            thr: Thresholds in [0, 1]: a number, one per class, or a dict by class name. The head's ``thr`` is used for
+                classes that the dict does not name.
             topk: Number of labels per image: the k highest scores. With ``thr``, only those that pass it. Without
-                both, the head decides.
+                both, the thresholds in the checkpoint decide (tools/calibrate.py writes them), or else the head.
             calibrated: Whether ``thr`` applies to the calibrated score, the probability that a label is right, or to p.
                 None: to the calibrated score if the head predicts it.
             show: Whether to show pictures in windows.
@@ -152,6 +152,8 @@ class MultiLabelInferencer(BaseInferencer):
                               f'{type(head.loss_module).__name__} predicts no calibrated_score. Use a head of mmasl, '
                               "such as model.head.type='mmasl.MultiLabelLinearClsHead', with the loss "
                               'mmasl.AsymmetricLoss; existing checkpoints work')
+        if self.thresholds is not None and thr is None and topk is None and not calibrated:
+            return LabelRule(self.thresholds, None, False)
         calibrated = self.calibrates if calibrated is None else calibrated
         if topk is not None and not 1 <= topk <= len(classes):
             raise ConfigError(f'topk={topk} must be from 1 to the {len(classes)} classes')
@@ -183,6 +185,9 @@ class MultiLabelInferencer(BaseInferencer):
         head = getattr(model, 'head', None)
         if not isinstance(head, MultiLabelClsHead):
             raise ConfigError(f'model.head is {type(head).__name__}: use a multi-label head of MMPretrain or mmasl')
+        # Applied here for every head; those of mmasl apply them in other tools, too.
+        self.thresholds = checkpoint.get('state_dict', checkpoint).pop(STORED, None)
+        self.guarantee = (checkpoint.get('meta') or {}).get('guarantee')
         load_weights(model, checkpoint, weights)
         restore_asymmetry(model, checkpoint)
         # Heads on feature maps have this class with any loss.

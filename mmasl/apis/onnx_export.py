@@ -86,6 +86,8 @@ def prepare_classifier(cfg: Config, weights: str | PathLike, shape: list[int] | 
     rule = inferencer.make_rule(thr)
     metadata = describe(inferencer.model, inferencer.classes, fixed_shape(inferencer, shape),
                         inference_dataset(cfg).pipeline)
+    if inferencer.thresholds is not None and rule.thr is inferencer.thresholds:
+        metadata['guarantee'] = inferencer.guarantee
     if rule.topk is not None:
         metadata['topk'] = rule.topk
     if not inferencer.calibrates:
@@ -93,7 +95,9 @@ def prepare_classifier(cfg: Config, weights: str | PathLike, shape: list[int] | 
             metadata['pred_score_thr'] = rule.thr.tolist()
         return Exportable(Classifier(inferencer.model, None), ['pred_score'], metadata)
     settings = calibration_settings(inferencer.model.head.loss_module)
-    if rule.thr is not None:
+    if rule.thr is not None and not rule.calibrated:
+        metadata['pred_score_thr'] = rule.thr.tolist()
+    elif rule.thr is not None:
         metadata['calibrated_score_thr'] = rule.thr.tolist()
         metadata['pred_score_thr'] = posterior_threshold(rule.thr, **settings).sigmoid().tolist()
     return Exportable(Classifier(inferencer.model, settings), ['pred_score', 'calibrated_score'], metadata)

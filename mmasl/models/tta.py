@@ -15,7 +15,7 @@ class MultiLabelTTAModel(AverageClsScoreTTA):
 
     MMPretrain's AverageClsScoreTTA averages ``pred_score`` only, and keeps the other fields of the first view. This
     class also averages ``calibrated_score``, if the head predicts it, and derives ``pred_label`` from the means by the
-    ``thr`` or ``topk`` of the head.
+    thresholds of the checkpoint, or ``thr`` or ``topk`` of the head.
 
     Args:
         module: The classifier, or its config.
@@ -37,6 +37,8 @@ class MultiLabelTTAModel(AverageClsScoreTTA):
         if calibrated:
             mean = sum(sample.calibrated_score for sample in data_samples) / len(data_samples)
             merged.set_field(mean, 'calibrated_score')
+        if (thresholds := getattr(head, 'thresholds', None)) is not None:
+            return merged.set_pred_label((merged.pred_score >= thresholds).nonzero()[:, 0])
         if head.thr is None:
             return merged.set_pred_label(merged.pred_score.topk(head.topk).indices)
         # MMPretrain's heads predict scores equal to the threshold too.

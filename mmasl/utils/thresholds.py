@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mmasl.errors import ConfigError
 
+STORED = 'head.thresholds'  # key of the thresholds in a state dict, see mmasl.models.heads.calibrated_predictions
 NAMED_CLASSES = 10  # in an error message
 
 

@@ -56,6 +56,19 @@ def test_counts_of_classes(settings):
     assert errors.half == pytest.approx(0.5 if settings is None else 0.6837, abs=1e-3)
 
 
+def test_thresholds_of_the_checkpoint_decide():
+    thresholds = np.float32([0.1, 0.3, 0.5, 0.7, 0.9])
+    for settings in (None, ASL):
+        data = predict(settings=settings)._replace(thresholds=thresholds)
+        errors = analyse_errors(data)
+        predicted = 1 / (1 + np.exp(-data.logits)) >= thresholds
+        expected = [(predicted & (data.labels == 1)).sum(0), (predicted & (data.labels >= 0)).sum(0)]
+        assert errors.counts[:2].tolist() == np.array(expected).tolist()
+        assert next(iter(errors.reports)) == 'p at its threshold' and len(errors.reports) == 2 + (settings is not None)
+        assert errors.half.tolist() == thresholds.tolist()
+        assert 'from the thresholds of the checkpoint on: at p of 0.100 to 0.900' in render_error_page(errors, data, {})
+
+
 def test_histograms_count_what_lies_above_a_threshold():
     data = predict(200)
     data.logits[:3] = [[40.], [-120.], [0.]]  # p of 1, 0 and 1/2

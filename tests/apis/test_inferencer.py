@@ -302,6 +302,21 @@ def test_a_threshold_that_no_calibrated_score_exceeds():
     assert found(inferencer('images/white.png', thr={'blue': 1})) == [['red', 'green']]
 
 
+@pytest.mark.parametrize('head', ['MultiLabelLinearClsHead', 'mmasl.MultiLabelLinearClsHead'])
+def test_thresholds_of_the_checkpoint(head, folder, recwarn):
+    """Thresholds of p come before the head's; those of the call come before both. p of orange is 1, 0.643, 0, 0.27."""
+    save('thr.pth', meta=dict(dataset_meta=dict(classes=CLASSES), guarantee=dict(recall=0.9)),
+         weights=state() | {'head.thresholds': torch.tensor([0.5, 0.64, 0.5, 0.2])})
+    inferencer = MultiLabelInferencer(config(head), 'thr.pth', 'cpu', show_progress=False)
+    assert inferencer.guarantee == dict(recall=0.9)
+    assert not [w for w in recwarn if 'does not have' in str(w.message)]
+
+    def labels(**kwargs):
+        return set(inferencer(paint('orange'), **kwargs)['predictions'][0]['pred_class'])
+
+    assert labels() == {'red', 'green', 'dim'} and labels(thr=0.9) == {'red'} and labels(topk=2) == {'red', 'green'}
+
+
 @pytest.mark.parametrize('values, expected', [
     ([], None), (['0.5'], 0.5), (['red=0.3', 'a=b=.7'], {'red': 0.3, 'a=b': 0.7})])
 def test_parse_thresholds(values, expected):

@@ -7,6 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
+from mmasl.apis.onnx_export import prepare_classifier
 from mmasl.errors import MMASLError
 from mmasl.ops import posterior_threshold
 from mmasl.utils.tools import parse_args
@@ -36,6 +37,7 @@ val_dataloader = dict(dataset=dict(type='Data', data_root='.', ann_file='val.jso
     (CONFIG, [], 'the checkpoint is missing: tools/calibrate.py c.py CHECKPOINT'),
     (CONFIG, ['none.pth'], 'No such checkpoint: none.pth'),
     (CONFIG, ['w.pth', '--launcher', 'slurm'], 'leave out --launcher'),
+    (CONFIG, ['w.pth', '--recall', '95'], '--recall 95.0 must be between 0 and 1'),
     (CONFIG, ['w.pth'], 'Missing data'),
 ])
 def test_refusals(text, argv, message):
@@ -47,6 +49,7 @@ def test_refusals(text, argv, message):
 
 @pytest.mark.parametrize('argv, message', [
     (['--plot', 'a.jpg'], '--plot a.jpg: give a .png or .svg file'),
+    (['--recall', '0.9'], '--recall and --precision need a config and a checkpoint'),
     (['--cfg-options', 'gamma=3'], "--cfg-options does not fit AsymmetricLoss: .*'gamma'"),
     (['--cfg-options', 'clip=1'], 'clip=1 must be'),
 ])
@@ -95,3 +98,24 @@ custom_hooks = [dict(type='RestoreGamma')]
     assert 'gamma_neg=2.0' in rows[0]['loss']
     expected = posterior_threshold(0.5, gamma_neg=2., clip=0.05).sigmoid().item()
     assert float(rows[0]['threshold']) == pytest.approx(expected, abs=1e-3)
+
+    # thresholds with a promise: in the checkpoint, and used by the tools
+    calibrate.main('tiny.py w.pth --work-dir w --recall 0.5 --save s/promised.pth'.split())
+    text = capsys.readouterr().out
+    assert 'Checkpoint with the thresholds: s/promised.pth' in text and '| promised |' in text.replace('  ', '')
+    checkpoint = torch.load('s/promised.pth', weights_only=True)
+    assert checkpoint['meta']['guarantee'] == dict(
+        recall=0.5, of='class', images=10, without_promise=checkpoint['meta']['guarantee']['without_promise'])
+    thresholds = checkpoint['state_dict'].pop('head.thresholds')
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in checkpoint['state_dict'].items())
+    cfg = Config.fromfile('tiny.py', import_custom_modules=False)
+    metadata = prepare_classifier(cfg, 's/promised.pth', [64, 64]).metadata
+    assert metadata['pred_score_thr'] == thresholds.tolist() and metadata['guarantee']['recall'] == 0.5
+    names = checkpoint['meta']['guarantee']['without_promise']
+    assert [name in names for name in (f'red {digit}' for digit in range(10))] == [
+        abs(value - expected) < 1e-4 for value in thresholds.tolist()]
+    with pytest.raises(SystemExit, match='--precision 0.99 cannot be promised for any class: the 10 images'):
+        calibrate.main('tiny.py w.pth --work-dir w --precision 0.99'.split())
+    calibrate.main('tiny.py w.pth --work-dir w --recall 0.5 --over-all'.split())
+    assert torch.load('w/thresholds.pth', weights_only=True)['meta']['guarantee'] == dict(
+        recall=0.5, of='image', images=10, without_promise=[])

@@ -10,6 +10,7 @@ from mmasl.errors import CheckpointError, ConfigError
 from mmasl.registry import HOOKS
 from mmasl.utils.checkpoint import check_state_dict, convert_official, is_official, match_rows
 from mmasl.utils.runner import built_loop, checkpoint_name, is_resuming
+from mmasl.utils.thresholds import STORED
 
 
 @HOOKS.register_module()
@@ -104,6 +105,9 @@ class AdaptCheckpointHook(Hook):
                 raise CheckpointError(f'{text}. Use the config and the data that it was trained with')
             print_log(f'{text}: the head starts in the order of the checkpoint', 'current', logging.WARNING)
             return
+        if STORED in state:
+            state[STORED], _ = match_rows(state[STORED], source, target, state[STORED].new_full((len(target), ), 0.5),
+                                          self.aliases)
         for key in rows:
             state[key], missing = match_rows(state[key], source, target, own[key], self.aliases)
         if not missing:

@@ -59,6 +59,35 @@ def test_between_the_two_thresholds():
 
 
 @every_head
+@torch.no_grad()
+def test_thresholds_of_a_checkpoint_decide_and_a_training_drops_them(name):
+    """They select by p, also below the margin, and at their value; without them the state dict is the stock one."""
+    head = build(name, thr=0.3)
+    before, stock = head.predict(features(name)), head.state_dict()
+    assert 'thresholds' not in stock
+    thresholds = before[0].pred_score * torch.tensor([1, 0.5, 1.5, 1, 0.9, 2])
+    model = torch.nn.ModuleDict(dict(head=head))
+    model.load_state_dict({f'head.{key}': value for key, value in (stock | dict(thresholds=thresholds)).items()})
+    assert torch.equal(head.state_dict()['thresholds'], thresholds)
+    for sample in head.eval().predict(features(name)):
+        assert sample.pred_label.tolist() == (sample.pred_score >= thresholds).nonzero()[:, 0].tolist()
+    assert [0, 1, 3, 4] == head.predict(features(name))[0].pred_label.tolist()
+    head.train()
+    assert head.thresholds is None and list(head.state_dict()) == list(stock)
+    model.load_state_dict({f'head.{key}': value for key, value in (stock | dict(thresholds=thresholds)).items()})
+    model.load_state_dict({f'head.{key}': value for key, value in stock.items()})
+    assert [x.pred_label.tolist() for x in head.predict(features(name))] == [x.pred_label.tolist() for x in before]
+
+
+def test_thresholds_of_a_head_with_another_loss():
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        head = MODELS.build(dict(type='mmasl.Query2LabelHead', num_classes=3, in_channels=4, embed_dims=8, num_heads=2,
+                                 feedforward_channels=16))
+    head.load_state_dict(head.state_dict() | dict(thresholds=torch.tensor([0., 1., 0.])))
+    assert [x.pred_label.tolist() for x in head.eval()._get_predictions(torch.zeros(2, 3), None)] == [[0, 2]] * 2
+
+
+@every_head
 def test_given_samples_are_filled(name):
     samples = [DataSample(metainfo=dict(img_path=f'{n}.jpg')).set_gt_label([n]) for n in range(5)]
     predicted = build(name).predict(features(name), samples)
