@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 API = ROOT / 'docs' / 'api'
 NAVIGATION = {  # pages, or 'title <page>'; the build fails on a page that is not listed or does not exist
     'Start': ['Overview <self>', 'docs/install', 'docs/stock_configs', 'docs/choosing'],
-    'Losses': ['docs/loss'],
+    'Losses': ['docs/loss', 'docs/implementations'],
     'Heads': ['docs/heads'],
     'Data and metrics': ['Data sets <docs/api/mmasl.datasets>', 'docs/evaluation',
                          'Metrics <docs/api/mmasl.evaluation>'],
