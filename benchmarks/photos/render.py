@@ -97,7 +97,7 @@ def trained_table(data: str) -> str:
 
 
 def trained_scores(data: str) -> dict[tuple[str, ...], float]:
-    """mAP of the settings whose last stage was trained: mean over the seeds, of the better learning rate."""
+    """mAP of the settings whose last stage was trained: mean over the seeds, of the best learning rate."""
     found: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for row in read_rows(last_stage.ROWS):
         if row['data'] == data:

@@ -143,7 +143,7 @@ def test_what_the_document_says_of_trained_layers():
     ce, asl = (frozen.key(frozen.describe('', setting))[1:] for setting in (frozen.CE, frozen.ASL))
     at_rate = {(row['data'], row['lr'], frozen.key(row)[1:]): float(row['mAP']) for row in read_rows(last_stage.ROWS)}
     assert at_rate['voc', '0.0003', asl] > at_rate['voc', '0.0003', ce]
-    assert at_rate['voc', '0.001', asl] < at_rate['voc', '0.001', ce]
+    assert all(at_rate['voc', rate, asl] < at_rate['voc', rate, ce] for rate in ('0.001', '0.003'))
     best = render.trained_scores('voc')
     assert 0 < best[ce] - best[asl] < 1
     assert at_rate['voc-60', '0.001', ce] - at_rate['voc-60', '0.001', asl] > 5
