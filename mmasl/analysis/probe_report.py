@@ -69,7 +69,7 @@ def compare_settings(cfg: Config, config: str, images: int = 2000, minutes: floa
     if left := [name for name in SETTINGS if name not in found]:
         yield f'No time was left for: {", ".join(left)}. Set --probe-minutes.'
     yield f'To train with {best}, save this beside your config:'
-    text = write_config(cfg, config, site, Suggestion(SETTINGS[best], ()))
+    text = write_config(cfg, f'./{Path(config).name}', site, Suggestion(SETTINGS[best], ()))
     yield f'```python\n{text}\n```'
 
 

@@ -232,6 +232,7 @@ def test_probe(advise, probed, monkeypatch):
     assert rows['cross-entropy'][3:5] == rows['cross-entropy'][5:7], 'cross-entropy is calibrated'
     loss = snippet(report).model.head.loss
     assert f'({loss.gamma_pos:g}, {loss.gamma_neg:g}, {loss.clip:g})' == rows[best][0]
+    assert "_base_ = './c.py'" in report, 'to save beside the config'
     # The features come from the cache.
     monkeypatch.setattr(probe_report, 'extract_features', None)
     assert advise(*args, '--probe-minutes', '1e-9').split('## Probe')[1].count('No time was left for: focal loss') == 1
