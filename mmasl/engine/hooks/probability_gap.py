@@ -22,7 +22,9 @@ class ProbabilityGapHook(Hook):
     The loss computes the sums of probabilities as a by-product. The hook adds the sums and counts of ranks, calls of
     the loss and accumulated batches, then divides, and logs averages over a running window. The log line, TensorBoard
     and scalars.json call them ``p_t_pos``, ``p_t_neg``, ``gap``, ``gamma_neg`` and ``clip``; with several losses in a
-    model, their number follows (``gap_0``, ``gap_1``).
+    model, their number follows (``gap_0``, ``gap_1``). ``loss_per_entry`` is the loss of an update divided by its
+    labels that are not ignored, before ``loss_weight`` and the reduction, so that trainings of other batch sizes,
+    reductions and numbers of classes can be compared.
 
     Args:
         window: Length of the window in updates, >= 1. Older updates fade by 1 - 1 / window with each new one, and by
@@ -40,6 +42,7 @@ class ProbabilityGapHook(Hook):
         self.window = window
         self.losses: list[AsymmetricLoss] = []
         self.sums: list[Tensor] = []  # of each loss: p_t+, positives, p_t-, negatives
+        self.entry_losses: dict[int, Tensor] = {}  # of each loss in the last update
 
     def before_train(self, runner: Runner) -> None:
         readers = [type(hook).__name__ for hook in runner.hooks if isinstance(hook, ProbabilityGapHook)]
@@ -59,7 +62,7 @@ class ProbabilityGapHook(Hook):
         if not self._has_updated(runner):
             return  # gradients and sums accumulate
         for number, (loss, sums) in enumerate(zip(self.losses, self.sums)):
-            renewed = self._take(loss, sums)
+            renewed = self._take(loss, sums, number)
             self.control(number, gap_of(sums), renewed, runner.iter / runner.max_iters)
             self._log(runner, number)
 
@@ -85,13 +88,17 @@ class ProbabilityGapHook(Hook):
             return True
         return wrapper.should_update()
 
-    def _take(self, loss: AsymmetricLoss, sums: Tensor) -> Tensor:
+    def _take(self, loss: AsymmetricLoss, sums: Tensor, number: int = 0) -> Tensor:
         """Move the loss's sums of this update into the window, in place; returns ``renewed`` of :meth:`control`."""
         # All ranks take part, also one whose loss was not called: YOLOX skips it for images without objects.
-        batch = torch.zeros_like(sums)
+        batch, summed = sums.new_zeros(5), loss.probability_sums.loss
         if (total := loss.probability_sums.take()) is not None:
-            batch += total.sum(-1)
+            batch[:4] += total.sum(-1)
+        if summed is not None:
+            batch[4] += summed
         all_reduce(batch)
+        self.entry_losses[number] = batch[4] / (batch[1] + batch[3])
+        batch = batch[:4]
         # The window is unchanged without positives, and at NaN, where the loss is NaN too and CheckFiniteHook stops.
         positives = torch.where(batch.isfinite().all(), batch[1], 0)
         fade = (-positives / self.min_positives).exp_().clamp_(min=1 - 1 / self.window)
@@ -106,6 +113,7 @@ class ProbabilityGapHook(Hook):
             figures[name] = value.mean()
             if value.dim():
                 figures |= {f'{name}_min': value.min(), f'{name}_max': value.max()}
+        figures['loss_per_entry'] = self.entry_losses[number]
         suffix = f'_{number}' if len(self.losses) > 1 else ''
         # One transfer for all figures; MMEngine has already waited for the device to log the loss.
         for name, value in zip(figures, torch.stack(list(figures.values())).tolist()):

@@ -60,7 +60,7 @@ class MultiLabelLinearClsHead(CalibratedPredictions, heads.MultiLabelLinearClsHe
             return_sums=track, **calibration_settings(loss))
         if isinstance(value, tuple):
             value, sums = value
-            loss.probability_sums.add(sums)
+            loss.probability_sums.add(sums, value.detach() / (loss.loss_weight / divisor))
         return dict(loss=value)
 
     def _target(self, data_samples: list[DataSample], device: torch.device) -> Tensor:

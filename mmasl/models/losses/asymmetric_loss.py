@@ -1,5 +1,6 @@
 """The asymmetric loss as a module, with the call signature of the losses of MMDetection and MMPretrain."""
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from mmasl.errors import ConfigError, DataError
 from mmasl.models.losses.probability_sums import ProbabilitySums
 from mmasl.ops.functional import asymmetric_loss
+from mmasl.ops.torch_impl import transformed
 
 REDUCTIONS = ('none', 'mean', 'sum')
+NOTICED = 10  # training calls whose logits are compared with [0, 1]
 
 
 class AsymmetricLoss(nn.Module):
@@ -124,6 +127,8 @@ class AsymmetricLoss(nn.Module):
         self.weight_unannotated = weight_unannotated
         self.activated = activated
         self.probability_sums = ProbabilitySums()
+        self._calls = 0
+        self._range: Tensor | None = None
 
     def forward(self,
                 pred: Tensor,
@@ -152,6 +157,8 @@ class AsymmetricLoss(nn.Module):
         reduction = reduction_override or self.reduction
         if reduction not in REDUCTIONS:
             raise ConfigError(f'reduction_override={reduction!r} must be one of {REDUCTIONS}')
+        if self.training and not (self.activated or torch.compiler.is_compiling() or transformed()):
+            self._notice_probabilities(pred)
         if self.activated:
             pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
             pred = pred.logit(eps=torch.finfo(pred.dtype).eps)
@@ -178,9 +185,25 @@ class AsymmetricLoss(nn.Module):
                                    reduction='none' if reduction == 'none' else 'sum', return_sums=track)
             if isinstance(loss, tuple):
                 loss, sums = loss
-                self.probability_sums.add(share * sums)
+                self.probability_sums.add(share * sums, loss.detach().sum() / scale)
             losses.append(loss)
         return sum(losses[1:], losses[0])
+
+    def _notice_probabilities(self, pred: Tensor) -> None:
+        """Warn once if the logits of the first training calls look like probabilities, without a host sync."""
+        self._calls += 1
+        if self._calls <= NOTICED and pred.numel():
+            low, high = pred.detach().float().aminmax()
+            found = torch.stack([low, -high])
+            self._range = found if self._range is None else torch.minimum(self._range, found)
+        elif self._calls == NOTICED + 1 and self._range is not None:
+            self._range = self._range.to('cpu', non_blocking=True)
+        elif self._calls == 2 * NOTICED and self._range is not None:  # the copy is done by now
+            low, high = self._range.tolist()
+            if 0 <= low < -high <= 1:
+                warnings.warn(f'all logits of the first {NOTICED} training calls are from {low:.3g} to {-high:.3g}: '
+                              'AsymmetricLoss applies the sigmoid itself. Remove the sigmoid of the model, or set '
+                              'activated=True', stacklevel=3)
 
     def _unannotated(self, pred: Tensor, target: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """Target of the labels without annotation: negatives, or background; -1 marks all others."""

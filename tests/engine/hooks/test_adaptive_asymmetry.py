@@ -1,8 +1,11 @@
 """The probability gap and its control, in MMEngine's runner, on a small task whose gap depends on gamma_neg."""
 import math
+import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
@@ -120,6 +123,43 @@ def test_logs_the_gap_of_equations_9_and_10(tmp_path):
     scalars = next(tmp_path.glob('*/vis_data/scalars.json')).read_text()
     assert all(f'"{name}"' in scalars for name in ('p_t_pos', 'p_t_neg', 'gap', 'gamma_neg', 'clip'))
     assert runner.model.heads[0].criterion.probability_sums.enabled is False, 'the hook no longer reads the sums'
+
+
+@pytest.mark.parametrize('kwargs, batch_size', [
+    ({}, 100), (dict(reduction='sum', loss_weight=0.25), 50), (dict(weight_unannotated=0.5, ignore_index=-1), 150)])
+def test_logs_the_loss_of_an_entry(tmp_path, kwargs, batch_size):
+    """The mean over the labels, for any batch size, reduction and weight of the loss; ignored labels count as they do
+    in the loss."""
+    data = Task(300)
+    if 'ignore_index' in kwargs:
+        data.y[::3] = -1
+    runner = make_runner(tmp_path, ProbabilityGapHook(), Model(**kwargs), data, batch_size=batch_size, lr=0.,
+                         shuffle=False)
+    runner.train()
+    loss = AsymmetricLoss(gamma_neg=2., clip=0., **kwargs | dict(reduction='mean', loss_weight=1.))
+    logits = torch.full_like(data.y, -2.)
+    expected = torch.stack([loss(z, y) for z, y in zip(logits.split(batch_size), data.y.split(batch_size))])
+    assert_close(logged(runner, 'loss_per_entry'), expected, rtol=1e-5, atol=0)
+
+
+def test_every_backend_gets_the_gap(tmp_path, monkeypatch):
+    """The packages are stand-ins that record their calls: TensorBoard, MLflow and Weights & Biases, as MMEngine calls
+    them."""
+    packages = {name: MagicMock() for name in ('torch.utils.tensorboard', 'mlflow', 'wandb')}
+    for name, package in packages.items():
+        monkeypatch.setitem(sys.modules, name, package)
+    backends = [dict(type='TensorboardVisBackend'), dict(type='MLflowVisBackend', tracking_uri=str(tmp_path / 'ml')),
+                dict(type='WandbVisBackend', init_kwargs=dict(mode='offline'))]
+    runner = make_runner(tmp_path, ProbabilityGapHook(), data=Task(1000),
+                         visualizer=dict(type='Visualizer', vis_backends=backends))
+    runner.visualizer.add_config(Config(dict(work_dir=str(tmp_path))))  # as Runner.from_cfg does
+    runner.train()
+    tensorboard, mlflow, wandb = packages.values()
+    names = {call.args[0] for call in tensorboard.SummaryWriter.return_value.add_scalar.call_args_list}
+    assert {'loss', 'gap', 'loss_per_entry'} <= names
+    assert any('gap' in str(call) for call in mlflow.log_metric.call_args_list + mlflow.log_metrics.call_args_list)
+    assert any('gap' in str(call) for call in wandb.log.call_args_list)
+    assert wandb.init.call_args.kwargs['mode'] == 'offline'
 
 
 def test_the_window_divides_sums_and_never_averages_averages(tmp_path):

@@ -1,4 +1,6 @@
 """The module as MMDetection and MMPretrain call it."""
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -367,3 +369,26 @@ def test_bad_calls(logits, target):
         loss(logits, target, avg_factor=torch.ones(2))
     with pytest.raises(ValueError, match="reduction_override='max'"):
         loss(logits, target, reduction_override='max')
+
+
+def train_on(loss, batches):
+    for batch in batches:
+        loss(batch, torch.zeros_like(batch))
+
+
+def test_a_second_sigmoid_is_noticed_once():
+    batches = [torch.rand(4, 3, generator=torch.Generator().manual_seed(n)) for n in range(25)]
+    loss = AsymmetricLoss()
+    with pytest.warns(UserWarning, match='all logits of the first 10 training calls are from 0.0.* to 0.9.*: '
+                      'AsymmetricLoss applies the sigmoid itself') as found:
+        train_on(loss, batches + batches)
+    assert len(found) == 1 and copy.deepcopy(loss)(batches[0], batches[0]).isfinite()
+
+
+@pytest.mark.parametrize('kwargs, change, training', [
+    ({}, lambda x: x - 0.1, True), ({}, lambda x: 3 * x, True), ({}, torch.zeros_like, True), ({}, lambda x: x, False),
+    (dict(activated=True), lambda x: x, True)], ids=['below', 'above', 'zeros', 'evaluation', 'activated'])
+def test_other_logits_are_not_noticed(kwargs, change, training, recwarn):
+    batches = [change(torch.rand(4, 3, generator=torch.Generator().manual_seed(n))) for n in range(25)]
+    train_on(AsymmetricLoss(**kwargs).train(training), batches)
+    assert not recwarn.list
