@@ -11,6 +11,7 @@ import torch
 from mmengine.config import Config, DictAction
 
 from mmasl.apis.label_rule import parse_thresholds
+from mmasl.apis.model_files import use_calibrated_head
 from mmasl.apis.onnx_export import (
     BATCHES,
     compare_with_torch,
@@ -74,8 +75,8 @@ def configure(args: argparse.Namespace) -> Config:
         if not args.shape:
             raise ConfigError('Detectors take images of any size, and the exported file takes one: give --shape HEIGHT '
                               'WIDTH')
-    elif args.calibrated and '.' not in cfg.model.head.type:  # mmasl's head of this name has the same weights
-        cfg.model.head.type = f'mmasl.{cfg.model.head.type}'
+    elif args.calibrated:
+        use_calibrated_head(cfg)
     return cfg
 
 

@@ -10,6 +10,7 @@ from mmasl.apis import detection
 from mmasl.apis.images import unreadable_images
 from mmasl.apis.inferencer import MultiLabelInferencer
 from mmasl.apis.label_rule import parse_thresholds
+from mmasl.apis.model_files import use_calibrated_head
 from mmasl.errors import ConfigError, UnreadableImageError
 from mmasl.utils.checkpoint import safe_checkpoint_loading
 from mmasl.utils.tools import (
@@ -67,8 +68,7 @@ def configure(args: argparse.Namespace) -> Config:
     if args.calibrated:
         if not is_classification(cfg):
             raise ConfigError(f'--calibrated is for classifiers, and {args.config} is a detector')
-        if '.' not in cfg.model.head.type:  # the head of mmasl with the same name has the same weights
-            cfg.model.head.type = f'mmasl.{cfg.model.head.type}'
+        use_calibrated_head(cfg)
     return cfg
 
 

@@ -23,6 +23,7 @@ from mmasl.analysis.loss_plots import (
     save_figure,
 )
 from mmasl.errors import ConfigError
+from mmasl.models.losses import AsymmetricLoss
 from mmasl.utils.tools import exit_on_user_error, require_file
 
 matplotlib.use('Agg')
@@ -62,7 +63,7 @@ def read_settings(config: str) -> list[Setting]:
     """Read the setting of every mmasl.AsymmetricLoss in a config."""
     require_file(config, 'config')
     settings = []
-    for key, loss in iter_losses(Config.fromfile(config).to_dict()):
+    for key, loss in iter_losses(dict(Config.fromfile(config))):
         try:
             settings.append(Setting(**{f.name: loss[f.name] for f in fields(Setting) if f.name in loss}))
         except ConfigError as error:
@@ -76,7 +77,8 @@ def read_settings(config: str) -> list[Setting]:
 def iter_losses(node: object, key: str = '') -> Iterator[tuple[str, dict]]:
     """Key and dict of every mmasl.AsymmetricLoss in a config."""
     if isinstance(node, dict):
-        if node.get('type') == 'mmasl.AsymmetricLoss':
+        kind = node.get('type')
+        if kind == 'mmasl.AsymmetricLoss' or (isinstance(kind, type) and issubclass(kind, AsymmetricLoss)):
             yield key, node
         for name, inner in node.items():
             yield from iter_losses(inner, f'{key}.{name}'.lstrip('.'))

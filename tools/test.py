@@ -6,11 +6,12 @@ from copy import deepcopy
 import mmengine
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
-from mmengine.registry import METRICS
+from mmengine.registry import METRICS, MODELS
 
 from mmasl.datasets.validation import check_coco_files
 from mmasl.errors import ConfigError
 from mmasl.utils.checkpoint import safe_checkpoint_loading
+from mmasl.utils.config import is_kind, iter_dataset_configs
 from mmasl.utils.distributed import check_on_main_process
 from mmasl.utils.tools import (
     TEST_HOOKS,
@@ -80,10 +81,10 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def enable_tta(cfg: Config) -> None:
-    """Wrap the model in ``tta_model`` and replace the pipeline of the test data by ``tta_pipeline``."""
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
+    """Wrap the model in ``tta_model`` and replace the pipelines of the test data by ``tta_pipeline``."""
+    scope = cfg.get('default_scope')
+    datasets = [dataset for _, dataset in iter_dataset_configs(cfg.test_dataloader.dataset, '', scope)]
+    dataset, *_ = datasets
     if 'tta_pipeline' not in cfg:
         *head, pack = deepcopy(dataset.pipeline)
         if not is_classification(cfg):  # boxes are flipped back by these
@@ -94,14 +95,14 @@ def enable_tta(cfg: Config) -> None:
         cfg.tta_model = classification_tta(cfg) if is_classification(cfg) else dict(
             type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    dataset.pipeline = cfg.tta_pipeline
+    for dataset in datasets:
+        dataset.pipeline = cfg.tta_pipeline
 
 
 def classification_tta(cfg: Config) -> dict:
     from mmpretrain.models.heads import MultiLabelClsHead
-    from mmpretrain.registry import MODELS
-    head = MODELS.get(str(cfg.model.get('head', {}).get('type')))
-    multi_label = isinstance(head, type) and issubclass(head, MultiLabelClsHead)
+    head = (cfg.model.get('head') or {}).get('type')
+    multi_label = is_kind(head, MultiLabelClsHead, MODELS, 'mmpretrain')
     return dict(type='mmasl.MultiLabelTTAModel' if multi_label else 'AverageClsScoreTTA')
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
-from mmengine.registry import MODELS
+from mmengine.model import PretrainedInit
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from mmengine.runner import Runner, load_state_dict
 from torch import nn
 from torch.utils.data import DataLoader
@@ -25,6 +26,7 @@ from mmasl.analysis.loss_sites import GradientSums, LossSite, find_loss_sites, w
 from mmasl.analysis.suggestion import LADDER, STARTS, Suggestion, suggest, write_config
 from mmasl.errors import ConfigError
 from mmasl.utils.checkpoint import read_checkpoint
+from mmasl.utils.config import is_kind
 from mmasl.utils.markdown import markdown_table
 from mmasl.utils.pypi_weights import PREFIX, load_from_pypi
 
@@ -130,7 +132,8 @@ def is_local(checkpoint: str) -> bool:
 def drop_downloads(model: dict | list, key: str = 'model') -> Iterator[str]:
     """Remove weights that are not local files from a model config, and yield their keys and values."""
     for name, value in list(model.items() if isinstance(model, dict) else enumerate(model)):
-        if isinstance(value, dict) and value.get('type') == 'Pretrained' and not is_local(value['checkpoint']):
+        if isinstance(value, dict) and is_kind(
+                value.get('type'), PretrainedInit, WEIGHT_INITIALIZERS) and not is_local(value['checkpoint']):
             yield f"{key}.{name}.checkpoint = {value['checkpoint']}"
             model[name] = None
         elif name == 'pretrained' and value and not (isinstance(value, str) and osp.isfile(value)):

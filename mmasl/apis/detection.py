@@ -6,12 +6,14 @@ from os import PathLike
 import mmcv
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import TRANSFORMS
 
 from mmasl.apis.drawing import choose_name
 from mmasl.apis.images import describe_read_error, list_images, unreadable_images
-from mmasl.apis.model_files import checkpoint_classes, load_checkpoint
+from mmasl.apis.model_files import checkpoint_classes, inference_dataset, load_checkpoint
 from mmasl.errors import CheckpointError
 from mmasl.utils.checkpoint import load_weights
+from mmasl.utils.config import resolve_type
 from mmasl.utils.thresholds import expand_thresholds
 from mmasl.utils.tools import drop_pretrained
 
@@ -55,6 +57,8 @@ def detect(cfg: Config,
     images = [str(image) for image in list_images(inputs)]
     checkpoint = load_checkpoint(weights)
     drop_pretrained(cfg)
+    cfg.test_dataloader.dataset = dataset = inference_dataset(cfg)  # DetInferencer looks into no wrapper
+    dataset.pipeline = [name_type(transform, cfg.get('default_scope')) for transform in dataset.pipeline]
     cfg.visualizer = ConfigDict(type='mmdet.DetLocalVisualizer')
     inferencer = DetInferencer(cfg, str(weights), device, show_progress=False)
     load_weights(inferencer.model, checkpoint, str(weights))  # DetInferencer keeps initial weights that do not fit
@@ -90,3 +94,14 @@ def detect(cfg: Config,
     if unreadable:
         raise unreadable_images(unreadable, records)
     return records
+
+
+def name_type(transform: ConfigDict, scope: str | None) -> ConfigDict:
+    """Write the class of a transform as a name. DetInferencer splits names, and looks for LoadImageFromFile by its own.
+    """
+    kind = resolve_type(transform['type'], TRANSFORMS, scope or 'mmdet')
+    if isinstance(kind, type) and issubclass(kind, LoadImageFromFile):
+        return ConfigDict(transform, type='LoadImageFromFile')
+    if isinstance(transform['type'], str):
+        return transform
+    return ConfigDict(transform, type=f'{kind.__module__}.{kind.__name__}')

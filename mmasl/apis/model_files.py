@@ -3,11 +3,12 @@ from collections.abc import Sequence
 from os import PathLike
 
 import mmengine
-from mmengine.config import Config
-from mmengine.registry import DATASETS
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import DATASETS, MODELS
 
 from mmasl.errors import ConfigError
 from mmasl.utils.checkpoint import convert_official, is_official, read_checkpoint
+from mmasl.utils.config import is_kind, iter_dataset_configs, resolve_type
 
 
 def load_checkpoint(path: str | PathLike) -> dict:
@@ -39,18 +40,38 @@ def config_classes(cfg: Config) -> Sequence[str] | None:
     names = (dataset.get('metainfo') or {}).get('classes') or dataset.get('classes')
     if isinstance(names, str):
         return mmengine.list_from_file(names)
-    return names or (getattr(DATASETS.get(dataset.type), 'METAINFO', None) or {}).get('classes')
+    kind = resolve_type(dataset.get('type'), DATASETS, cfg.get('default_scope'))
+    return names or (getattr(kind, 'METAINFO', None) or {}).get('classes')
 
 
-def inference_dataset(cfg: Config) -> Config:
-    """The test data set in a config, without wrappers.
+def inference_dataset(cfg: Config) -> ConfigDict:
+    """The test data set in a config, without wrappers; the first one of several.
 
     Raises:
         ConfigError: The config has no ``test_dataloader``.
     """
     if not cfg.get('test_dataloader'):
         raise ConfigError('the config has no test_dataloader: inference uses the pipeline of its data set')
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    return dataset
+    return next(iter_dataset_configs(cfg.test_dataloader.dataset, '', cfg.get('default_scope')))[1]
+
+
+def use_calibrated_head(cfg: Config) -> None:
+    """Replace the head of a classifier by the head of mmasl of the same name, which has the same weights.
+
+    Raises:
+        ConfigError: mmasl has no such head.
+    """
+    from mmasl.models.heads.calibrated_predictions import CalibratedPredictions
+
+    model = cfg.model
+    while isinstance(model.get('module'), dict):  # of LoRA
+        model = model['module']
+    head = model.get('head') or {}
+    found = resolve_type(head.get('type'), MODELS, cfg.get('default_scope') or 'mmpretrain')
+    if found is None or is_kind(found, CalibratedPredictions, MODELS):
+        return
+    ours = f'mmasl.{found.__name__}'
+    if not is_kind(ours, CalibratedPredictions, MODELS):
+        raise ConfigError(f'model.head is {found.__name__}, which predicts no calibrated score: use a multi-label '
+                          "head, such as model.head.type='mmasl.MultiLabelLinearClsHead'; existing checkpoints work")
+    head['type'] = ours

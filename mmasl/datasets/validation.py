@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import zip_longest
@@ -17,8 +18,11 @@ from mmengine.dataset import BaseDataset
 from mmengine.dist import is_main_process
 from mmengine.fileio import exists, get
 from mmengine.logging import print_log
+from mmengine.registry import DATASETS
+from torch.utils.data import Dataset
 
 from mmasl.errors import DataError
+from mmasl.utils.config import iter_dataset_configs, resolve_type
 
 COCO_LISTS = dict(images='image', categories='category', annotations='annotation')
 
@@ -84,14 +88,23 @@ def warn_classes(where: str, what: str, names: Collection[str]) -> None:
 # ------------------------------------------------------------------------------------------------------ built data sets
 
 def iter_base_datasets(dataset: Any) -> Iterator[BaseDataset]:
-    """Yield the data sets inside wrappers such as RepeatDataset and ConcatDataset, or the data set itself."""
+    """Yield the data sets inside wrappers, or the data set itself.
+
+    A wrapper has data sets in any attribute, alone or in a list, as RepeatDataset, ConcatDataset, KFoldDataset and
+    MultiImageMixDataset do.
+    """
     if isinstance(dataset, BaseDataset):
         yield dataset
-    elif isinstance(getattr(dataset, 'datasets', None), (list, tuple)):
-        for inner in dataset.datasets:
-            yield from iter_base_datasets(inner)
-    elif hasattr(dataset, 'dataset'):
-        yield from iter_base_datasets(dataset.dataset)
+        return
+    for name, value in getattr(dataset, '__dict__', {}).items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if name in ('dataset', 'datasets') or (values and _is_dataset(values[0])):
+            for inner in values:
+                yield from iter_base_datasets(inner)
+
+
+def _is_dataset(value: Any) -> bool:
+    return isinstance(value, (BaseDataset, Dataset)) or (hasattr(value, 'metainfo') and hasattr(value, '__getitem__'))
 
 
 def check_same_classes(classes: dict[str, Sequence[str]]) -> None:
@@ -177,8 +190,13 @@ def check_coco_files(cfg: Config, *splits: str) -> None:
     """
     for split in splits if is_main_process() else ():
         loader = cfg.get(f'{split}_dataloader')
-        for key, dataset in _coco_entries(loader['dataset'], f'{split}_dataloader.dataset') if loader else ():
-            classes = (dataset.get('metainfo') or {}).get('classes')
+        scope = cfg.get('default_scope')
+        entries = iter_dataset_configs(loader['dataset'], f'{split}_dataloader.dataset', scope) if loader else ()
+        for key, dataset in entries:
+            kind = resolve_type(dataset.get('type'), DATASETS, scope)
+            if not _reads_coco(kind):
+                continue
+            classes = (dataset.get('metainfo') or {}).get('classes') or kind.METAINFO.get('classes')
             path = os.path.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
             if not os.path.isfile(path):
                 continue
@@ -190,13 +208,11 @@ def check_coco_files(cfg: Config, *splits: str) -> None:
                     _check_evaluator(path, other, f'{split}_evaluator.ann_file')
 
 
-def _coco_entries(dataset: dict, key: str) -> Iterator[tuple[str, dict]]:
-    for number, inner in enumerate(dataset.get('datasets') or ()):
-        yield from _coco_entries(inner, f'{key}.datasets.{number}')
-    if isinstance(dataset.get('dataset'), dict):
-        yield from _coco_entries(dataset['dataset'], f'{key}.dataset')
-    if dataset.get('type') in ('CocoDataset', 'mmdet.CocoDataset'):
-        yield key, dataset
+def _reads_coco(kind: Any) -> bool:
+    """Whether a data set is MMDetection's CocoDataset, or derives from it and reads files in the same way."""
+    module = sys.modules.get('mmdet.datasets')
+    return isinstance(kind, type) and module is not None and issubclass(kind, module.CocoDataset) and (
+        getattr(kind, 'load_data_list') is module.CocoDataset.load_data_list)  # noqa: B009
 
 
 def _check_evaluator(path: str, other: str, key: str) -> None:

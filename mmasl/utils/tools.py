@@ -1,9 +1,11 @@
 """What the command-line tools share: flags, configs, checks of files and devices, runners and exits."""
 import argparse
 import atexit
+import inspect
 import os
 import os.path as osp
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +14,13 @@ from typing import Any
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
-from mmengine.registry import RUNNERS
+from mmengine.registry import DATASETS, HOOKS, MODELS, RUNNERS
 from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import track
 
 from mmasl.errors import ConfigError, DataError, DiskFullError, MMASLError, UnavailableError
+from mmasl.utils.config import is_kind, iter_dataset_configs, resolve_type
 from mmasl.utils.files import is_full
 
 TEST_HOOKS = ('mmasl.CheckDataHook', 'mmasl.CheckFiniteHook', 'mmasl.CheckStateDictHook')
@@ -63,7 +66,6 @@ SOURCES = {  # pattern in the path of a missing file: where to download it
     'nybg2020': 'Herbarium 2020: https://www.kaggle.com/c/herbarium-2020-fgvc7/data, in data/nybg2020/.'}
 NO_DOWNLOAD = ('Without any download: make demo; or python tools/make_digits.py data/digits, then train\n'
                '  configs/digits/fcos_asl_digits.py or configs/digits/resnet_asl_digits.py.')
-DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')  # these fetch their files themselves
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -118,8 +120,18 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def is_classification(cfg: Config) -> bool:
-    """Whether a config is MMPretrain's. Other scopes are handled as detection."""
-    return cfg.get('default_scope') == 'mmpretrain'
+    """Whether a config is MMPretrain's: by its ``default_scope``, or by the class of its model if it has none.
+
+    Pure Python configs need no scope. All other configs are handled as detection.
+    """
+    scope = cfg.get('default_scope')
+    if scope in ('mmpretrain', 'mmdet'):
+        return scope == 'mmpretrain'
+    model = cfg.get('model') or {}
+    while isinstance(model.get('module'), dict):  # of LoRA and of test-time augmentation
+        model = model['module']
+    found = resolve_type(model.get('type'), MODELS, scope)
+    return any(base.__module__.startswith('mmpretrain.') for base in getattr(found, '__mro__', ()))
 
 
 def set_dataloader_defaults(cfg: Config, *splits: str) -> None:
@@ -139,9 +151,26 @@ def set_dataloader_defaults(cfg: Config, *splits: str) -> None:
 
 
 def drop_pretrained(cfg: Config) -> None:
-    """Do not download the weights of a timm backbone that a checkpoint replaces."""
-    if cfg.model.get('backbone', {}).get('pretrained') is True:
-        cfg.model.backbone.pretrained = False
+    """Do not load the weights of a timm backbone that a checkpoint replaces. A checkpoint of LoRAModel has no others.
+    """
+    for part in _replaced_parts(cfg.model, cfg.get('default_scope')):
+        if part.get('pretrained') is True:
+            part['pretrained'] = False
+        if part.get('checkpoint_path'):
+            part['checkpoint_path'] = ''
+
+
+def _replaced_parts(model: Any, scope: str | None) -> Iterator[dict]:
+    if isinstance(model, dict):
+        if 'type' in model:
+            if hasattr(resolve_type(model['type'], MODELS, scope), 'apply_lora'):
+                return
+            yield model
+        model = model.values()
+    elif not isinstance(model, (list, tuple)):
+        return
+    for value in model:
+        yield from _replaced_parts(value, scope)
 
 
 def require_file(path: str, what: str, hint: str = '') -> None:
@@ -177,7 +206,10 @@ def check_data(cfg: Config, *splits: str) -> None:
     missing: dict[str, str] = {}
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
-        paths = dict(_dataset_paths(loader.dataset, f'{split}_dataloader.dataset')) if loader else {}
+        entries = iter_dataset_configs(
+            loader.dataset, f'{split}_dataloader.dataset', cfg.get('default_scope')) if loader else ()
+        paths = {path_key: path for key, dataset in entries
+                 for path_key, path in _dataset_paths(dataset, key, cfg.get('default_scope'))}
         paths |= _evaluator_paths(cfg.get(f'{split}_evaluator'), f'{split}_evaluator')
         missing |= {key: path for key, path in paths.items()
                     if '://' not in path and not osp.exists(osp.expanduser(path))}
@@ -194,25 +226,34 @@ def check_data(cfg: Config, *splits: str) -> None:
             NO_DOWNLOAD]))
 
 
-def _dataset_paths(dataset: dict, key: str) -> Iterator[tuple[str, str]]:
-    """(config key, path) of the files and folders of a data set and of the data sets that it wraps."""
-    if isinstance(dataset.get('datasets'), (list, tuple)):
-        for number, inner in enumerate(dataset['datasets']):
-            yield from _dataset_paths(inner, f'{key}.datasets.{number}')
-    elif isinstance(dataset.get('dataset'), dict):
-        yield from _dataset_paths(dataset['dataset'], f'{key}.dataset')
-    elif not dataset.get('backend_args'):
-        root, prefix, kind = str(dataset.get('data_root') or ''), dataset.get('data_prefix'), str(dataset.get('type'))
-        parts: dict[str, Any] = {'ann_file': dataset.get('ann_file')}
-        if kind.endswith(('VOC', 'VOCMultiLabel')) and dataset.get('split') and not dataset.get('image_set_path'):
-            parts['data_root'] = osp.join('ImageSets', 'Main', f"{dataset['split']}.txt")
-        parts |= {f'data_prefix.{k}': v for k, v in prefix.items()} if isinstance(prefix, dict) else {
-            'data_prefix': prefix}
-        parts = {k: v for k, v in parts.items() if isinstance(v, str) and v}
-        if not parts and root and kind not in DOWNLOADING:
-            parts = {'data_root': ''}
-        for name, part in parts.items():
-            yield f'{key}.{name}', osp.join(root, part)
+def _dataset_paths(dataset: dict, key: str, scope: str | None) -> Iterator[tuple[str, str]]:
+    """(config key, path) of the files and folders of a data set."""
+    if dataset.get('backend_args'):
+        return
+    root, prefix = str(dataset.get('data_root') or ''), dataset.get('data_prefix')
+    parts: dict[str, Any] = {'ann_file': dataset.get('ann_file')}
+    if dataset.get('split') and not dataset.get('image_set_path') and _reads_image_sets(dataset, scope):
+        parts['data_root'] = osp.join('ImageSets', 'Main', f"{dataset['split']}.txt")
+    parts |= {f'data_prefix.{k}': v for k, v in prefix.items()} if isinstance(prefix, dict) else {
+        'data_prefix': prefix}
+    parts = {k: v for k, v in parts.items() if isinstance(v, str) and v}
+    if not parts and root and not _downloads(dataset, scope):
+        parts = {'data_root': ''}
+    for name, part in parts.items():
+        yield f'{key}.{name}', osp.join(root, part)
+
+
+def _downloads(dataset: dict, scope: str | None) -> bool:
+    """Whether a data set downloads its files itself, as CIFAR10 does."""
+    kind = resolve_type(dataset.get('type'), DATASETS, scope)
+    return isinstance(kind, type) and 'download' in inspect.signature(kind).parameters
+
+
+def _reads_image_sets(dataset: dict, scope: str | None) -> bool:
+    """Whether a data set has the layout of Pascal VOC, as MMPretrain reads it."""
+    kind = resolve_type(dataset.get('type'), DATASETS, scope)
+    module = sys.modules.get('mmpretrain.datasets')
+    return isinstance(kind, type) and module is not None and issubclass(kind, module.VOC)
 
 
 def _evaluator_paths(evaluator: dict | list | None, key: str) -> Iterator[tuple[str, str]]:
@@ -224,16 +265,18 @@ def _evaluator_paths(evaluator: dict | list | None, key: str) -> Iterator[tuple[
 
 
 def add_hooks(cfg: Config, *hooks: str | dict) -> None:
-    """Add hooks to ``custom_hooks`` of a config, except those whose type it already names.
+    """Add hooks to ``custom_hooks`` of a config, except those that it already has, also as a derived class.
 
     Args:
         cfg: The config, changed in place.
         hooks: Types, or configs of hooks.
     """
-    own = list(cfg.get('custom_hooks') or [])
-    named = {hook.get('type') for hook in own if isinstance(hook, dict)}
+    own, scope = list(cfg.get('custom_hooks') or []), cfg.get('default_scope')
+    present = [hook for hook in (*own, *(cfg.get('default_hooks') or {}).values()) if hook is not None]
+    kinds = [hook['type'] if isinstance(hook, dict) else type(hook) for hook in present]
     added = [dict(type=hook) if isinstance(hook, str) else hook for hook in hooks]
-    cfg.custom_hooks = own + [hook for hook in added if hook['type'] not in named]
+    cfg.custom_hooks = own + [hook for hook in added if not any(
+        is_kind(kind, HOOKS.get(hook['type']), HOOKS, scope) for kind in kinds)]
 
 
 def build_runner(cfg: Config, hooks: Sequence[str | dict] = TEST_HOOKS) -> Runner:

@@ -1,0 +1,74 @@
+"""What the dicts of a config mean: the class of a ``type``, and the data sets inside wrappers."""
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.registry import DATASETS, Registry
+
+
+def resolve_type(kind: Any, registry: Registry, scope: str | None = None) -> Any:
+    """Find the class that a ``type`` of a config names, as MMEngine does when it builds the dict.
+
+    Args:
+        kind: A name with or without scope, a dotted path, or the class itself, as in pure Python configs.
+        registry: MMEngine's registry of the kind.
+        scope: ``default_scope`` of the config; None for the current one.
+
+    Returns:
+        The class or function; None if nothing of this name is registered.
+    """
+    if not isinstance(kind, str):
+        return kind
+    try:
+        with registry.switch_scope_and_registry(scope) as found:
+            return found.get(kind)
+    except Exception:  # of many kinds; MMEngine reports it when it builds the dict
+        return None
+
+
+def is_kind(kind: Any, base: type | tuple[type, ...], registry: Registry, scope: str | None = None) -> bool:
+    """Whether a ``type`` of a config is one of some classes, or a class derived from one.
+
+    Args:
+        kind: See :func:`resolve_type`.
+        base: The class or classes.
+        registry: MMEngine's registry of the kind.
+        scope: ``default_scope`` of the config; None for the current one.
+    """
+    found = resolve_type(kind, registry, scope)
+    return isinstance(found, type) and issubclass(found, base)
+
+
+def iter_dataset_configs(dataset: dict, key: str, scope: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield key and config of the data sets inside wrappers, or of the data set itself.
+
+    A wrapper is a config that contains configs of data sets under any key, alone or in a list.
+
+    Args:
+        dataset: Config of a data set.
+        key: Its key, such as 'train_dataloader.dataset'.
+        scope: ``default_scope`` of the config; None for the current one.
+    """
+    inner = [(f'{key}.{path}', value) for path, value in _dicts(dataset) if _is_dataset(path, value, scope)]
+    if not inner:
+        yield key, dataset
+    for path, value in inner:
+        yield from iter_dataset_configs(value, path, scope)
+
+
+def _dicts(config: dict) -> Iterator[tuple[str, dict]]:
+    for name, value in config.items():
+        values = enumerate(value) if isinstance(value, (list, tuple)) else ()
+        yield from ((f'{name}.{number}', entry) for number, entry in values if isinstance(entry, dict))
+        if isinstance(value, dict):
+            yield name, value
+
+
+def _is_dataset(path: str, config: dict, scope: str | None) -> bool:
+    """Whether the config at this path in another is that of a data set. Transforms have a ``type`` too."""
+    name = path.split('.')[0]
+    if name in ('dataset', 'datasets'):
+        return True
+    if name in ('pipeline', 'metainfo') or 'type' not in config:
+        return False
+    found = resolve_type(config['type'], DATASETS, scope)
+    return isinstance(found, type) and hasattr(found, '__getitem__') and hasattr(found, '__len__')
