@@ -36,7 +36,7 @@ from mmasl.models.heads.calibrated_predictions import calibration_settings
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
 from mmasl.ops import posterior_threshold, posterior_upper_bound
 from mmasl.reproduce.runs import write_rows
-from mmasl.utils.checkpoint import safe_checkpoint_loading
+from mmasl.utils.checkpoint import inner_model, safe_checkpoint_loading
 from mmasl.utils.files import atomic_write
 from mmasl.utils.markdown import markdown_table
 from mmasl.utils.thresholds import STORED
@@ -160,13 +160,14 @@ def render_promise(p: np.ndarray, labels: np.ndarray, thresholds: np.ndarray, sa
 def predict(cfg: Config, amp: bool = False) -> LabelledLogits:
     """Predict the validation set. Hooks may restore parameters of the loss from the checkpoint."""
     runner = build_runner(cfg)
-    loss: Any = getattr(getattr(runner.model, 'head', None), 'loss_module', None)
+    model = inner_model(runner.model)
+    loss: Any = getattr(getattr(model, 'head', None), 'loss_module', None)
     if not isinstance(loss, AsymmetricLoss):
         raise ConfigError(f'{cfg.filename}: the loss is {type(loss).__name__}. Calibration in closed form needs '
                           'mmasl.AsymmetricLoss')
     calibration_settings(loss)
     load_test_checkpoint(runner)
-    found = predict_dataset(runner.model, runner.val_dataloader, amp, progress)
+    found = predict_dataset(model, runner.val_dataloader, amp, progress)
     return LabelledLogits(found.logits, found.labels, loss.cpu())
 
 

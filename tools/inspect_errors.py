@@ -6,6 +6,7 @@ may be wrong labels.
 import argparse
 import csv
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmpretrain.models.heads import MultiLabelClsHead
@@ -18,7 +19,8 @@ from mmasl.apis.model_files import load_checkpoint
 from mmasl.errors import ConfigError
 from mmasl.models.heads.calibrated_predictions import calibration_settings
 from mmasl.ops import posterior_upper_bound
-from mmasl.utils.checkpoint import safe_checkpoint_loading
+from mmasl.utils.checkpoint import inner_model, safe_checkpoint_loading
+from mmasl.utils.config import iter_dataset_configs
 from mmasl.utils.thresholds import STORED
 from mmasl.utils.tools import (
     build_runner,
@@ -81,12 +83,13 @@ def prepare_output(flag: str, path: Path) -> None:
 def predict(cfg: Config, amp: bool = False) -> tuple[Predictions, str]:
     """Predict the test set. Returns the predictions and the description of the loss."""
     runner = build_runner(cfg)
-    head = getattr(runner.model, 'head', None)
+    model = inner_model(runner.model)
+    head: Any = getattr(model, 'head', None)
     if not isinstance(head, MultiLabelClsHead):
         raise ConfigError(f'{cfg.filename}: model.head is a {type(head).__name__}. Use a multi-label head, such as '
                           'MultiLabelLinearClsHead')
     load_test_checkpoint(runner)  # hooks may restore parameters of the loss
-    found = predict_dataset(runner.model, runner.test_dataloader, amp, progress)
+    found = predict_dataset(model, runner.test_dataloader, amp, progress)
     try:
         settings = calibration_settings(head.loss_module.cpu())
         posterior_upper_bound(**settings)
@@ -99,10 +102,9 @@ def predict(cfg: Config, amp: bool = False) -> tuple[Predictions, str]:
 
 
 def describe_dataset(cfg: Config) -> str:
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    return ' '.join(str(dataset[key]) for key in ('type', 'data_root', 'ann_file', 'split') if dataset.get(key))
+    entries = iter_dataset_configs(cfg.test_dataloader.dataset, '', cfg.get('default_scope'))
+    return ', '.join(' '.join(str(getattr(dataset[key], '__name__', dataset[key])) for key in (
+        'type', 'data_root', 'ann_file', 'split') if dataset.get(key)) for _, dataset in entries)
 
 
 @exit_on_user_error()

@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from urllib.error import URLError
 
 from mmengine.config import Config, ConfigDict
+from mmengine.model import PretrainedInit
+from mmengine.optim import AmpOptimWrapper, OneCycleLR, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS, PARAM_SCHEDULERS, WEIGHT_INITIALIZERS
 
 from mmasl.datasets.validation import check_coco_files
 from mmasl.errors import CheckpointError, ConfigError, UnavailableError
 from mmasl.utils.checkpoint import find_checkpoint, safe_checkpoint_loading
+from mmasl.utils.config import is_kind, resolve_type
 from mmasl.utils.distributed import check_on_main_process
 from mmasl.utils.tools import (
     build_runner,
@@ -36,6 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--no-exact-resume', action='store_true',
                         help='do not add mmasl.ResumeHook, which makes an interrupted and resumed run equal to an '
                         'uninterrupted one')
+    parser.add_argument('--no-check-resume', action='store_true',
+                        help='resume with the settings of the checkpoint, such as its learning rate and schedules, '
+                        'where those of the config differ')
     return parser
 
 
@@ -43,9 +50,7 @@ def configure(args: argparse.Namespace) -> Config:
     """The config of the flags, checked as far as possible without building anything."""
     cfg = load_config(args)
     if args.amp:
-        enable_amp(cfg.optim_wrapper)
-    elif cfg.optim_wrapper.get('type') == 'AmpOptimWrapper':
-        require_gpu("optim_wrapper.type='AmpOptimWrapper'")
+        enable_amp(cfg.optim_wrapper, cfg.get('default_scope'))
     if args.auto_scale_lr:
         enable_auto_scale_lr(cfg)
     if args.no_validate:
@@ -53,10 +58,12 @@ def configure(args: argparse.Namespace) -> Config:
     set_resume(cfg, args.resume)
     if cfg.get('load_from'):
         require_file(cfg.load_from, 'checkpoint', f': {checkpoint_hint(cfg.load_from, args.config)}')
-    for path in pretrained_files(cfg.model):
+    for path in () if cfg.resume else pretrained_files(cfg.model):
         require_file(path, 'file of pretrained weights', f': {checkpoint_hint(path, args.config)}, or train from '
                      'scratch with --cfg-options model.backbone.init_cfg=None')
     check_data(cfg, 'train', 'val')
+    if is_kind(cfg.optim_wrapper.get('type'), AmpOptimWrapper, OPTIM_WRAPPERS, cfg.get('default_scope')):
+        require_gpu("optim_wrapper.type='AmpOptimWrapper'")
     set_dataloader_defaults(cfg, 'train', 'val', 'test')
     return cfg
 
@@ -67,10 +74,13 @@ def checkpoint_hint(checkpoint: str, config: str) -> str:
     return f'train it first (python tools/train.py {path})' if osp.isfile(path) else 'give an existing file'
 
 
-def enable_amp(optim_wrapper: ConfigDict) -> None:
-    if optim_wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
-        raise ConfigError(f"--amp replaces OptimWrapper, but optim_wrapper.type is '{optim_wrapper.type}': remove it")
-    optim_wrapper.type = 'AmpOptimWrapper'
+def enable_amp(optim_wrapper: ConfigDict, scope: str | None = None) -> None:
+    kind = optim_wrapper.get('type', 'OptimWrapper')
+    if resolve_type(kind, OPTIM_WRAPPERS, scope) is OptimWrapper:
+        optim_wrapper.type = 'AmpOptimWrapper'
+    elif not is_kind(kind, AmpOptimWrapper, OPTIM_WRAPPERS, scope):
+        raise ConfigError('--amp replaces OptimWrapper, but optim_wrapper.type is '
+                          f"'{getattr(kind, '__name__', kind)}': remove it")
     optim_wrapper.setdefault('loss_scale', 'dynamic')
 
 
@@ -78,12 +88,21 @@ def enable_auto_scale_lr(cfg: Config) -> None:
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise ConfigError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config: '
                           'the total batch size that its learning rate is for')
-    schedulers = cfg.get('param_scheduler') or []
-    for scheduler in schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]:
-        if str(scheduler.get('type')).startswith('OneCycle'):
+    for scheduler in iter_schedulers(cfg.get('param_scheduler')):
+        if is_kind(scheduler.get('type'), OneCycleLR, PARAM_SCHEDULERS, cfg.get('default_scope')):
             raise ConfigError('--auto-scale-lr has no effect on OneCycleLR, which takes the learning rate from its '
                               'eta_max: set param_scheduler.eta_max instead')
     cfg.auto_scale_lr.enable = True
+
+
+def iter_schedulers(schedulers: dict | list | tuple | None) -> Iterator[dict]:
+    """The configs in ``param_scheduler``: one, a list, or these by the name of an optimizer."""
+    if isinstance(schedulers, dict) and 'type' in schedulers:
+        yield schedulers
+    elif schedulers:
+        for value in schedulers.values() if isinstance(schedulers, dict) else schedulers:
+            if isinstance(value, (dict, list, tuple)):
+                yield from iter_schedulers(value)
 
 
 def set_resume(cfg: Config, resume: str | None) -> None:
@@ -110,7 +129,7 @@ def pretrained_files(model: dict | list | tuple) -> Iterator[str]:
     for value in model.values() if isinstance(model, dict) else model:
         if isinstance(value, (dict, list, tuple)):
             yield from pretrained_files(value)
-    if isinstance(model, dict) and model.get('type') == 'Pretrained':
+    if isinstance(model, dict) and is_kind(model.get('type'), PretrainedInit, WEIGHT_INITIALIZERS):
         yield model['checkpoint']
 
 
@@ -122,9 +141,9 @@ def automatic_hooks(cfg: Config, args: argparse.Namespace) -> list[str | dict]:
     if not args.no_check_finite:
         hooks.append('mmasl.CheckFiniteHook')
     if not args.no_exact_resume:
-        hooks.append('mmasl.ResumeHook')
-    if not cfg.resume:  # not strict: a head for other classes starts from initial weights
-        hooks.append(dict(type='mmasl.CheckStateDictHook', strict=False))
+        hooks.append(dict(type='mmasl.ResumeHook', strict=not args.no_check_resume))
+    # Not strict to train from weights: a head for other classes starts from initial weights.
+    hooks.append(dict(type='mmasl.CheckStateDictHook', strict=cfg.resume))
     return hooks
 
 

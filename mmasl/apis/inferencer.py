@@ -27,7 +27,8 @@ from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
 from mmasl.errors import CheckpointError, ConfigError, NonFiniteError
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
 from mmasl.ops import posterior_upper_bound
-from mmasl.utils.checkpoint import load_weights
+from mmasl.utils.checkpoint import inner_model, load_weights
+from mmasl.utils.config import is_kind
 from mmasl.utils.thresholds import STORED, expand_thresholds
 from mmasl.utils.tools import drop_pretrained
 
@@ -182,13 +183,14 @@ class MultiLabelInferencer(BaseInferencer):
         drop_pretrained(cfg)
         checkpoint = load_checkpoint(weights)
         model = MODELS.build(cfg.model)
+        whole, model = model, inner_model(model)
         head = getattr(model, 'head', None)
         if not isinstance(head, MultiLabelClsHead):
             raise ConfigError(f'model.head is {type(head).__name__}: use a multi-label head of MMPretrain or mmasl')
         # Applied here for every head; those of mmasl apply them in other tools, too.
         self.thresholds = checkpoint.get('state_dict', checkpoint).pop(STORED, None)
         self.guarantee = (checkpoint.get('meta') or {}).get('guarantee')
-        load_weights(model, checkpoint, weights)
+        load_weights(whole, checkpoint, weights)
         restore_asymmetry(model, checkpoint)
         # Heads on feature maps have this class with any loss.
         self.calibrates = isinstance(head, CalibratedPredictions) and isinstance(head.loss_module, AsymmetricLoss)
@@ -215,7 +217,7 @@ class MultiLabelInferencer(BaseInferencer):
 
     def _init_pipeline(self, cfg: Config) -> Compose:
         load, *rest = inference_dataset(cfg).pipeline
-        if load['type'] not in ('LoadImageFromFile', 'mmpretrain.LoadImageFromFile', mmcv.transforms.LoadImageFromFile):
+        if not is_kind(load['type'], mmcv.transforms.LoadImageFromFile, TRANSFORMS, 'mmpretrain'):
             raise ConfigError(f"the test pipeline starts with {load['type']}: it must start with LoadImageFromFile")
         self._loader = TRANSFORMS.build(load)
         return Compose(rest)

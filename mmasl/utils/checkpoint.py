@@ -1,11 +1,12 @@
 """Checkpoints: safe reading, comparison with a model, conversion of other layouts, the checkpoint to resume from."""
 import functools
+import logging
 import os
 import os.path as osp
 import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -17,8 +18,10 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 import numpy as np
 import torch
 from mmengine.config import ConfigDict
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import BaseTTAModel, PretrainedInit, is_model_wrapper
 from mmengine.optim import OneCycleParamScheduler
+from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor, nn
@@ -26,7 +29,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.hub import load_state_dict_from_url
 
 from mmasl.errors import CheckpointError
+from mmasl.utils.config import is_kind
 
+WRAPPERS = ('module.', '_orig_mod.')  # of DDP and AveragedModel, of torch.compile
 BACKBONE = 'backbone.timm_model.'
 EMBEDDING, OUTPUT = 'head.fc.embedding_generator.0.', 'head.fc.FC.'
 
@@ -129,7 +134,27 @@ def _only_data(checkpoint: object, path: str) -> dict:
                               'weights')
     if isinstance(checkpoint.get('meta'), dict):
         checkpoint['meta'].pop('config', None)  # Runner.resume executes it to look for gpu_ids of MMCV 1
-    return checkpoint
+    if isinstance(state := checkpoint.get('state_dict'), dict):
+        checkpoint['state_dict'] = strip_wrappers(state)
+        return checkpoint
+    return strip_wrappers(checkpoint)
+
+
+def strip_wrappers(state: dict) -> dict:
+    """Remove the prefixes that DDP, torch.compile and averages of weights put before every name of a state dict.
+
+    The ``module.`` of MMPretrain's LoRAModel is part of its names and remains.
+    """
+    names = [name for name in state if name not in ('n_averaged', 'steps')]
+    if not names or all('.lora_' in str(name) for name in names):
+        return state
+    for prefix in WRAPPERS:
+        if all(str(name).startswith(prefix) for name in names):
+            stripped = OrderedDict((name.removeprefix(prefix), state[name]) for name in names)
+            if metadata := getattr(state, '_metadata', None):  # versions of modules
+                vars(stripped)['_metadata'] = {key.removeprefix(prefix): value for key, value in metadata.items()}
+            return strip_wrappers(stripped)
+    return state
 
 
 @contextmanager
@@ -161,7 +186,13 @@ def safe_checkpoint_loading() -> Iterator[None]:
 
 def load_from_local(filename: str, map_location: object = None) -> dict:
     """Replaces MMEngine's loader of this name, whose log shows it."""
-    return read_checkpoint(filename, map_location)
+    return _with_state_dict(read_checkpoint(filename, map_location))
+
+
+def _with_state_dict(checkpoint: dict) -> dict:
+    """Put bare weights under ``state_dict``, where EMAHook needs them."""
+    bare = 'state_dict' not in checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values())
+    return dict(state_dict=checkpoint) if bare else checkpoint
 
 
 def _guard(loader: Callable) -> Callable:
@@ -169,7 +200,7 @@ def _guard(loader: Callable) -> Callable:
     @functools.wraps(loader)
     def load(filename: str, *args: Any, **kwargs: Any) -> dict:
         with _refusals(filename):
-            return _only_data(loader(filename, *args, **kwargs), filename)
+            return _with_state_dict(_only_data(loader(filename, *args, **kwargs), filename))
 
     return load
 
@@ -177,35 +208,53 @@ def _guard(loader: Callable) -> Callable:
 # --- comparison with a model
 
 
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The model inside wrappers for several devices and for test-time augmentation. MMEngine loads weights into it.
+
+    MMPretrain's LoRAModel is part of the model: its weights have ``module.`` in their names.
+    """
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module  # type: ignore[assignment]  # a wrapper's
+    return model
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside wrappers and inside MMPretrain's LoRAModel, whose attributes are those of no classifier."""
+    model = unwrap_model(model)
+    return inner_model(model.module) if hasattr(model, 'apply_lora') else model  # type: ignore[arg-type]
+
+
+def state_of(checkpoint: dict) -> dict[str, Any]:
+    """The state dict in a loaded file: ``state_dict``, or the file itself."""
+    return checkpoint.get('state_dict', checkpoint)
+
+
 def check_state_dict(model: nn.Module, checkpoint: dict, path: str, strict: bool = True) -> None:
     """Raise if weights of a model are missing or have another shape. MMEngine only warns and keeps initial weights.
+
+    Names and shapes are compared. If some differ, the weights are loaded, because models may rename or resize weights
+    while they load them.
 
     Args:
         model: The model, wrapped or not. Shards of FSDP are not compared.
         checkpoint: The loaded checkpoint, with or without ``state_dict``.
         path: Name of the checkpoint for messages.
-        strict: Whether all weights must fit, as for a test. Without, one that fits is enough, as to train from them.
+        strict: Whether all weights must fit, as for a test. Without, one that fits is enough, as to train from them,
+            and a warning tells if less than half of the weights fit.
 
     Raises:
         CheckpointError: Weights are missing or have another shape.
     """
-    while hasattr(model, 'module') and not isinstance(model, FullyShardedDataParallel):
-        model = model.module  # type: ignore[assignment]  # a wrapper's
+    model = unwrap_model(model)
     if isinstance(model, FullyShardedDataParallel):
         return
-    state = {re.sub(r'^module\.', '', key): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
-    own = model.state_dict()
-    shapes = {key: (tuple(value.shape), tuple(own[key].shape)) for key, value in state.items()
-              if isinstance(value, Tensor) and isinstance(own.get(key), Tensor)}
+    state, own = strip_wrappers(state_of(checkpoint)), model.state_dict()
+    problems = {key: problem for key, value in own.items() if (problem := _find_problem(key, value, state))}
+    if problems:
+        problems = _confirm(model, state, problems)
     if not strict:
-        if not own or any(theirs == ours for theirs, ours in shapes.values()):
-            return
-        raise CheckpointError(f'{path} does not fit the model: no weight has the same name and shape. It has '
-                              f'{", ".join(list(state)[:3])}, and the model has {", ".join(list(own)[:3])}')
-    problems = [f'{key} is {theirs} in the checkpoint and {ours} in the model'
-                for key, (theirs, ours) in shapes.items() if theirs != ours]
-    # Old checkpoints have no num_batches_tracked.
-    problems += [f'{key} is missing' for key in own if key not in state and not key.endswith('num_batches_tracked')]
+        _check_share(own, problems, checkpoint, path)
+        return
     if not problems:
         return
     more = f', and {len(problems) - 3} more' if len(problems) > 3 else ''
@@ -218,8 +267,125 @@ def check_state_dict(model: nn.Module, checkpoint: dict, path: str, strict: bool
         classes = (f' The checkpoint has {count} classes, and num_classes of the head is '
                    f'{" and ".join(map(str, sorted(heads)))}.')
     raise CheckpointError(
-        f'{path} does not fit the model of the config: {"; ".join(problems[:3])}{more}.{classes} Use the config that '
-        'it was trained with. To train from it for other classes, set load_from and mmasl.AdaptCheckpointHook')
+        f'{path} does not fit the model of the config: {"; ".join(list(problems.values())[:3])}{more}.{classes} Use '
+        'the config that it was trained with. To train from it for other classes, set load_from and '
+        'mmasl.AdaptCheckpointHook')
+
+
+def _find_problem(key: str, value: Any, state: Mapping[str, Any]) -> str:
+    found = state.get(key)
+    if isinstance(value, Tensor) and isinstance(found, Tensor) and value.shape != found.shape:
+        return f'{key} is {tuple(found.shape)} in the checkpoint and {tuple(value.shape)} in the model'
+    # Old checkpoints have no num_batches_tracked.
+    return f'{key} is missing' if found is None and not key.endswith('num_batches_tracked') else ''
+
+
+def _confirm(model: nn.Module, state: dict[str, Any], problems: dict[str, str]) -> dict[str, str]:
+    """The problems that remain after loading: hooks of modules rename weights, resize them, or do without them."""
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        return problems
+    try:
+        remaining = set(model.load_state_dict(state, strict=False).missing_keys)
+    except RuntimeError as error:
+        wrong = set(re.findall(r'size mismatch for (\S+):', str(error)))
+        remaining = wrong | {key for key, problem in problems.items() if problem.endswith('is missing')}
+    return {key: problem for key, problem in problems.items() if key in remaining}
+
+
+def _check_share(own: Mapping[str, Any], problems: dict[str, str], checkpoint: dict, path: str) -> None:
+    """Raise if no weight fits; warn if less than half of them fit, by their number of elements."""
+    sizes = {key: value.numel() for key, value in own.items()
+             if isinstance(value, Tensor) and value.is_floating_point()}
+    fitting = {key: size for key, size in sizes.items() if key not in problems}
+    if sizes and not fitting:
+        raise CheckpointError(f'{path} does not fit the model: no weight has the same name and shape. '
+                              f'{describe_misfit(checkpoint, own)}')
+    share = sum(fitting.values()) / max(sum(sizes.values()), 1)
+    if share < 0.5:
+        print_log(f'{path} has only {len(fitting)} of the {len(sizes)} weights of the model ({share:.1%} of their '
+                  f'values). The others keep their initial values. {describe_misfit(checkpoint, own)}',
+                  'current', logging.WARNING)
+
+
+def describe_misfit(checkpoint: dict, own: Collection[str], key: str = '') -> str:
+    """Name weights of a file and of a model that do not fit, and say how the file can be used if that is known.
+
+    Args:
+        checkpoint: The loaded file.
+        own: Names of the model's weights.
+        key: Key of an ``init_cfg`` in the config that loads the file; '' for ``load_from``.
+    """
+    state = state_of(checkpoint)
+    names = [name for name, value in state.items() if isinstance(value, Tensor)]
+    text = f'It has {", ".join(list(map(str, state))[:3])}, and the model has {", ".join(list(own)[:3])}.'
+    for name, value in state.items():
+        if not names and isinstance(value, dict) and any(isinstance(x, Tensor) for x in value.values()):
+            return (f'{text} Its weights are under {name!r}: save them alone, '
+                    f'torch.save(torch.load(FILE, weights_only=True)[{name!r}], NEW).')
+    parts = Counter(name[:place.end()] for name in names for place in re.finditer(r'\.', name)
+                    if name[place.end():] in own)
+    if key and parts:
+        return f'{text} Set {key}.prefix={parts.most_common(1)[0][0]!r}.'
+    whole = Counter(name[:place.end()] for name in own for place in re.finditer(r'\.', name)
+                    if name[place.end():] in state)
+    if whole and not key:
+        part = whole.most_common(1)[0][0]
+        return (f"{text} It has the weights of model.{part[:-1]}: instead of load_from, set model.{part}init_cfg="
+                "dict(type='Pretrained', checkpoint=FILE).")
+    if parts:
+        return f'{text} The names in the file start with {parts.most_common(1)[0][0]!r}: save them without it.'
+    return text
+
+
+def check_pretrained(model: nn.Module, files: Mapping[str, dict]) -> None:
+    """Raise if the weights of a module do not come from the checkpoint of its ``init_cfg``; MMEngine only warns.
+
+    Values are compared, not names, because modules may rename weights while they load them. Constant tensors do not
+    count, since any initialisation has them.
+
+    Args:
+        model: The model after its ``init_weights``.
+        files: Content of the checkpoints by their name in ``init_cfg``.
+
+    Raises:
+        CheckpointError: No weight of a module comes from the file.
+    """
+    for name, module, init_cfg in iter_pretrained(model):
+        file, key = init_cfg['checkpoint'], f'model.{name}.init_cfg'.replace('..', '.')
+        sizes = {own: value.numel() for own, value in module.named_parameters()
+                 if value.device.type != 'meta' and value.numel() > 1 and value.min() != value.max()}
+        found = set(_find_values({own: module.get_parameter(own).detach() for own in sizes}, state_of(files[file])))
+        if sizes and not found:
+            raise CheckpointError(f'{key}: no weight comes from {file}, so training would start from random weights. '
+                                  f'{describe_misfit(files[file], module.state_dict(), key)}')
+        share = sum(sizes[own] for own in found) / max(sum(sizes.values()), 1)
+        if sizes and share < 0.5:
+            print_log(f'{key}: only {share:.1%} of the weights come from {file}. The others start from initial '
+                      f'values, such as {", ".join([own for own in sizes if own not in found][:3])}.', 'current',
+                      logging.WARNING)
+
+
+def iter_pretrained(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict]]:
+    """Yield name, module and ``init_cfg`` of the modules that load a checkpoint when they are initialised."""
+    for name, module in model.named_modules():
+        cfgs = getattr(module, 'init_cfg', None) or ()
+        for init_cfg in [cfgs] if isinstance(cfgs, dict) else cfgs:
+            if is_kind(init_cfg.get('type'), PretrainedInit, WEIGHT_INITIALIZERS) and init_cfg.get('checkpoint'):
+                yield name, module, init_cfg
+
+
+def _find_values(own: dict[str, Tensor], state: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of the tensors that are in a state dict, under any name."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for value in state.values():
+        if isinstance(value, Tensor):
+            by_shape.setdefault(value.shape, []).append(value)
+    for name, value in own.items():
+        for other in by_shape.get(value.shape, ()):
+            theirs = other.to(value)
+            if value.flatten()[:8].equal(theirs.flatten()[:8]) and value.equal(theirs):
+                yield name
+                break
 
 
 def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
@@ -234,7 +400,7 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
         CheckpointError: Weights are missing or have another shape.
     """
     check_state_dict(model, checkpoint, path)
-    _, unexpected = model.load_state_dict(checkpoint.get('state_dict', checkpoint), strict=False)
+    _, unexpected = model.load_state_dict(strip_wrappers(state_of(checkpoint)), strict=False)
     if unexpected:
         names = ', '.join(unexpected[:10]) + ', ...' * (len(unexpected) > 10)
         warnings.warn(f'{path} has {len(unexpected)} weights that the model of the config does not have: {names}',
@@ -246,7 +412,7 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
 
 def is_official(checkpoint: dict) -> bool:
     """Whether a loaded file is a TResNet of the official repository, or bare weights in its layout."""
-    return 'body.conv1.0.weight' in checkpoint.get('model', checkpoint)
+    return 'body.conv1.0.weight' in checkpoint.get('model', state_of(checkpoint))
 
 
 def convert_official(checkpoint: dict) -> dict:
@@ -266,7 +432,7 @@ def convert_official(checkpoint: dict) -> dict:
     """
     from timm.models.tresnet import checkpoint_filter_fn  # detection needs no timm
 
-    state = dict(checkpoint.get('model', checkpoint))
+    state = dict(checkpoint.get('model', state_of(checkpoint)))
     body = {key: state.pop(key) for key in list(state) if key.startswith('body.')}
     if EMBEDDING + 'weight' in state:
         first, second = (

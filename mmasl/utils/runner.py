@@ -15,6 +15,11 @@ def is_resuming(runner: Runner) -> bool:
     return runner._resume
 
 
+def loads_checkpoint(runner: Runner) -> bool:
+    """Whether the runner loads a checkpoint before it trains or tests."""
+    return bool(runner._load_from)
+
+
 def checkpoint_name(runner: Runner) -> str:
     """Path or URL of the checkpoint that the runner loads."""
     return str(runner._load_from or 'the checkpoint')

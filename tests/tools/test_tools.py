@@ -197,7 +197,7 @@ def test_missing_data_inside_wrappers_and_lists():
     Path('c.py').write_text(CONFIG + """
 train_dataloader['dataset'] = dict(type='RepeatDataset', times=2, dataset=dict(type='ConcatDataset', datasets=[
     dict(type='Data', ann_file='data/train.json'), dict(type='Data', data_root='absent', data_prefix='x'),
-    dict(type='Data', data_root='nowhere'), dict(type='CIFAR10', data_root='fetched')]))
+    dict(type='Data', data_root='nowhere'), dict(type='mmpretrain.CIFAR10', data_root='fetched')]))
 val_evaluator = [dict(type='Metric'), dict(type='Metric', ann_file='gone.json')]
 """)
     lines = [line.split() for line in refusal('train').splitlines() if '<-' in line]
@@ -402,9 +402,11 @@ def test_flags_turn_hooks_off(flags, missing):
     args = TRAIN.build_parser().parse_args(['c.py', *flags])
     hooks = TRAIN.automatic_hooks(ConfigDict(resume=False), args)
     everything = TRAIN.automatic_hooks(ConfigDict(resume=False), TRAIN.build_parser().parse_args(['c.py']))
-    assert [hook for hook in everything if hook not in hooks] == sorted(missing)
+    names = [hook if isinstance(hook, str) else hook['type'] for hook in everything if hook not in hooks]
+    assert names == sorted(missing)
     assert hooks[-1] == dict(type='mmasl.CheckStateDictHook', strict=False)
-    assert TRAIN.automatic_hooks(ConfigDict(resume=True), args) == hooks[:-1]
+    assert TRAIN.automatic_hooks(ConfigDict(resume=True), args)[-1] == dict(
+        type='mmasl.CheckStateDictHook', strict=True)
 
 
 # --- launchers

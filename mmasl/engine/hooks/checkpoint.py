@@ -4,12 +4,23 @@ from collections.abc import Mapping, Sequence
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
 
 from mmasl.errors import CheckpointError, ConfigError
 from mmasl.registry import HOOKS
-from mmasl.utils.checkpoint import check_state_dict, convert_official, is_official, match_rows
-from mmasl.utils.runner import built_loop, checkpoint_name, is_resuming
+from mmasl.utils.checkpoint import (
+    check_pretrained,
+    check_state_dict,
+    convert_official,
+    describe_misfit,
+    is_official,
+    iter_pretrained,
+    match_rows,
+    state_of,
+    strip_wrappers,
+    unwrap_model,
+)
+from mmasl.utils.runner import built_loop, checkpoint_name, is_resuming, loads_checkpoint
 from mmasl.utils.thresholds import STORED
 
 
@@ -18,21 +29,51 @@ class CheckStateDictHook(Hook):
     """Refuses checkpoints that do not fit the model, after other hooks have adapted them.
 
     MMEngine only warns, and continues with initial weights. tools/test.py adds the hook, tools/train.py with
-    ``strict=False``.
+    ``strict=False`` unless it resumes. The hook also checks the checkpoints of ``init_cfg``. A resumed run does not
+    load those, because its checkpoint has all weights.
 
     Args:
-        strict: Whether all weights must fit, as for a test. Without, one that fits is enough, as to train from them.
+        strict: Whether all weights must fit, as for a test. Without, one that fits is enough, as to train from them; a
+            warning tells if less than half of the weights fit.
 
     Raises:
-        CheckpointError: See :func:`mmasl.utils.checkpoint.check_state_dict`.
+        CheckpointError: See :func:`mmasl.utils.checkpoint.check_state_dict` and
+            :func:`mmasl.utils.checkpoint.check_pretrained`.
     """
     priority = 'LOWEST'
 
     def __init__(self, strict: bool = True) -> None:
         self.strict = strict
+        self.files: dict[str, dict] = {}  # checkpoints of init_cfg, from before_run to before_train
+
+    def before_run(self, runner: Runner) -> None:
+        if not built_loop(runner, 'train'):
+            return  # a test does not initialise weights
+        model = unwrap_model(runner.model)
+        for name, module, init_cfg in list(iter_pretrained(model)):
+            if is_resuming(runner):
+                setattr(module, 'init_cfg', None)  # noqa: B010  # of a BaseModule
+                continue
+            file, key = init_cfg['checkpoint'], f'model.{name}.init_cfg'.replace('..', '.')
+            if file not in self.files:
+                self.files[file] = CheckpointLoader.load_checkpoint(file, map_location='cpu')
+            prefix = (init_cfg.get('prefix') or '').rstrip('.')
+            if prefix and not any(weight.startswith(f'{prefix}.') for weight in state_of(self.files[file])):
+                raise CheckpointError(f'{key}.prefix={init_cfg["prefix"]!r}: no weight in {file} has this prefix. '
+                                      f'{describe_misfit(self.files[file], module.state_dict(), key)}')
+
+    def before_train(self, runner: Runner) -> None:
+        files, self.files = self.files, {}
+        if runner.iter == 0 and not loads_checkpoint(runner):
+            check_pretrained(unwrap_model(runner.model), files)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         check_state_dict(runner.model, checkpoint, checkpoint_name(runner), self.strict)
+        state = strip_wrappers(state_of(checkpoint))  # MMEngine removes no other prefix than module.
+        if all(name.startswith('module.') for name in unwrap_model(runner.model).state_dict()):
+            state = {f'module.{name}': value for name, value in state.items()}  # and would remove that of LoRAModel
+        if 'state_dict' in checkpoint:
+            checkpoint['state_dict'] = state
 
 
 @HOOKS.register_module()
@@ -88,9 +129,8 @@ class AdaptCheckpointHook(Hook):
             self._match_head(runner, checkpoint, source, target)
 
     def _match_head(self, runner: Runner, checkpoint: dict, source: Sequence[str], target: Sequence[str]) -> None:
-        model, name, training = runner.model, checkpoint_name(runner), built_loop(runner, 'train') is not None
-        while hasattr(model, 'module'):  # of DDP and of test-time augmentation
-            model = model.module
+        model, name = unwrap_model(runner.model), checkpoint_name(runner)
+        training = built_loop(runner, 'train') is not None
         own, state, missing = model.state_dict(), checkpoint['state_dict'], list[str]()
         linear = [key for key in (f'{self.head}.weight', f'{self.head}.bias') if key in state and key in own]
         rows = [key for key in linear if (len(state[key]), len(own[key])) == (len(source), len(target))]

@@ -8,7 +8,6 @@ import os.path as osp
 import random
 from bisect import bisect
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ import torch
 from mmengine.dist import broadcast, broadcast_object_list
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
-from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from mmengine.utils import mkdir_or_exist
 from torch.utils.data import DataLoader
 
+from mmasl.engine.resume_settings import HINT, find_differences
 from mmasl.errors import CheckpointError
 from mmasl.registry import HOOKS
 from mmasl.utils.checkpoint import check_resumable, check_state_dict
@@ -155,9 +154,14 @@ class ResumeHook(Hook):
     - All ranks take the buffers of rank 0 when a checkpoint is written, which holds no others.
     - An evaluation that a kill prevented is made on resuming, also after the last epoch: schedules, the best checkpoint
       and early stopping depend on it.
-    - Checkpoints with weights alone, or of another model, optimizer or schedule, are refused.
+    - Checkpoints with weights alone, or of another model, optimizer or schedule, are refused. So are other settings
+      than those of the config, because MMEngine would use the checkpoint's: learning rate, weight decay, milestones,
+      classes. A training of another length keeps the schedules of the checkpoint, with a warning.
 
     ``tools/train.py`` adds the hook to every run. Under other tools, name it in the config.
+
+    Args:
+        strict: Whether other settings are refused. Without, a warning names them, and those of the checkpoint are used.
 
     Raises:
         CheckpointError: See above.
@@ -167,7 +171,8 @@ class ResumeHook(Hook):
     """
     priority = 'VERY_HIGH'  # other hooks use random numbers too
 
-    def __init__(self) -> None:
+    def __init__(self, strict: bool = True) -> None:
+        self.strict = strict
         self.batches: Any = None  # SeededBatches of the training data
         self.key: tuple[int, ...] = ()
         self._done = 0  # batches of the epoch before the checkpoint
@@ -199,8 +204,7 @@ class ResumeHook(Hook):
         path = checkpoint_name(runner)
         check_resumable(checkpoint, path)
         check_state_dict(runner.model, checkpoint, path)
-        check_optimizer(runner, checkpoint, path)
-        check_schedules(runner, checkpoint)
+        self._check_settings(runner, checkpoint, path)
         saved, now = checkpoint.get(STATE), self._shape(runner)
         self._evaluated = bool(saved and saved['evaluated'])
         if saved is None:
@@ -214,6 +218,22 @@ class ResumeHook(Hook):
                                   + (', and the interrupted epoch starts again' if saved['done'] else ''))
             return
         self._done = saved['done']
+
+    def _check_settings(self, runner: Runner, checkpoint: dict, path: str) -> None:
+        differences = find_differences(runner, checkpoint, path)
+        others = [str(difference) for difference in differences if not difference.follows]
+        if others and self.strict:
+            raise CheckpointError(
+                f'{path} has other settings than the config, and resuming would use those of the checkpoint:\n  '
+                + '\n  '.join(others) + f'\nResume with the settings of the checkpoint, {HINT}. To keep the settings '
+                'of the checkpoint in spite of the config, use --no-check-resume (strict=False of mmasl.ResumeHook)')
+        if others:
+            runner.logger.warning(f'{path} has other settings than the config, and those of the checkpoint are used:'
+                                  '\n  ' + '\n  '.join(others))
+        if longer := [str(difference) for difference in differences if difference.follows]:
+            runner.logger.warning(
+                f'{path} is of a training of another length, and its schedules are used. After their end, the last '
+                'value remains:\n  ' + '\n  '.join(longer))
 
     def before_train(self, runner: Runner) -> None:
         seeds = [runner.seed]
@@ -306,41 +326,3 @@ class _Evaluation(Hook):
         interval = loop.dynamic_intervals[bisect(loop.dynamic_milestones, done + 1) - 1]
         if done >= loop.val_begin and (done % interval == 0 or done == end):
             runner.val_loop.run()
-
-
-def check_optimizer(runner: Runner, checkpoint: dict, path: str) -> None:
-    """Raise CheckpointError if the checkpoint is of another optimizer, or of other parameters."""
-    wrapper, saved = runner.optim_wrapper, checkpoint['optimizer'].get('param_groups')
-    if isinstance(wrapper, OptimWrapperDict) or not isinstance(wrapper, OptimWrapper) or saved is None:
-        return  # PyTorch checks each of several optimizers
-    # Settings that identify the algorithm; newer PyTorch versions add others.
-    now, then = ([(len(group['params']), sorted({'betas', 'momentum', 'alpha', 'rho', 'etas', 'lambd'} & set(group)))
-                  for group in groups] for groups in (wrapper.optimizer.param_groups, saved))
-    if now != then:
-        raise CheckpointError(
-            f'{path} has the state of another optimizer than {type(wrapper.optimizer).__name__} over '
-            f'{sum(count for count, _ in now)} parameters. Resume with the optim_wrapper that it was trained with, or '
-            'start from its weights (--cfg-options load_from=CHECKPOINT, without --resume)')
-
-
-def check_schedules(runner: Runner, checkpoint: dict) -> None:
-    """Raise CheckpointError if a schedule is another, or has another length.
-
-    A checkpoint restores the end of every schedule. With more epochs than before, the learning rate would silently
-    reach its final value early and stay there.
-    """
-    schedulers, states = runner.param_schedulers or [], checkpoint.get('param_schedulers', [])
-    if isinstance(schedulers, dict):
-        schedulers, states = (list(chain(*each.values())) for each in (schedulers, states))
-    hint = ('Resume with its number of epochs, batch size and number of processes, or start from its weights '
-            '(--cfg-options load_from=CHECKPOINT, without --resume)')
-    if len(schedulers) != len(states):
-        raise CheckpointError(f'param_scheduler has {len(schedulers)} schedules by the config and {len(states)} in the '
-                              f'checkpoint. {hint}')
-    for scheduler, state in zip(schedulers, states):
-        for key in ('end', 'total_steps'):
-            now, then = getattr(scheduler, key, None), state.get(key)
-            if now != then:
-                raise CheckpointError(
-                    f'{type(scheduler).__name__} has {key}={now} by the config but {key}={then} in the checkpoint, and '
-                    f'the learning rate would follow the checkpoint. {hint}')

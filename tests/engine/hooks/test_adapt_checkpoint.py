@@ -193,8 +193,7 @@ def test_hook_without_what_it_needs(change):
 
 
 def test_hook_looks_into_wrapped_models():
-    wrapped = nn.Module()
-    wrapped.module = Linear(1)
+    wrapped = nn.DataParallel(Linear(1))
     assert adapt(mmengine_file(('a', 'b')), wrapped, ('b', ))['state_dict']['head.fc.bias'].tolist() == [1]
 
 

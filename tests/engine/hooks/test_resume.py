@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
-from mmengine.fileio import get_file_backend
+from mmengine.fileio import get_file_backend, register_backend
 from mmengine.hooks import CheckpointHook
-from mmengine.optim import OneCycleLR, OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import BaseLoop, Runner
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
@@ -22,10 +22,9 @@ from mmasl.engine.hooks.resume import (
     ResumeHook,
     SeededBatch,
     SeededBatches,
-    check_optimizer,
-    check_schedules,
     seed_draws,
 )
+from mmasl.engine.resume_settings import optimizer_differences
 from mmasl.errors import CheckpointError
 
 
@@ -41,6 +40,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def test_the_checkpoint_before_goes_last():
     """MMEngine's hook removes it before it writes the next; with max_keep_ckpts=1 none would be left for a while."""
+    register_backend(resume.BACKEND, CheckpointBackend, force=True)
     hook = CheckpointHook(1, max_keep_ckpts=1, backend_args=dict(backend=resume.BACKEND))
     seen = []
 
@@ -141,46 +141,6 @@ def test_the_rest_of_the_sampler_shows_through():
     assert not hasattr(batches, 'skip') and not hasattr(batches, '__wrapped__')
 
 
-# --- what is not gone on from
-
-
-def schedule(total: int) -> OneCycleLR:
-    return OneCycleLR(torch.optim.SGD([torch.zeros(1)], lr=0.1), eta_max=0.1, begin=0, end=total, by_epoch=False)
-
-
-@pytest.mark.parametrize('now, then, message', [
-    ([20], [20], None), ([30], [20], 'OneCycleLR has end=30 by the config but end=20 in the checkpoint'),
-    ([10], [20], 'OneCycleLR has end=10'), ([20], [], '1 schedules by the config and 0 in the checkpoint'),
-    ([], [20], '0 schedules by the config and 1 in')])
-def test_another_schedule(now, then, message):
-    runner = SimpleNamespace(param_schedulers=[schedule(total) for total in now] or None)
-    checkpoint = dict(param_schedulers=[schedule(total).state_dict() for total in then])
-    if message is None:
-        check_schedules(runner, checkpoint)
-        runner.param_schedulers = dict(a=runner.param_schedulers)
-        check_schedules(runner, dict(param_schedulers=dict(a=checkpoint['param_schedulers'])))
-    else:
-        with pytest.raises(CheckpointError, match=f'{message}.*load_from'):
-            check_schedules(runner, checkpoint)
-
-
-def adam(count: int, **kwargs) -> torch.optim.Optimizer:
-    return torch.optim.Adam([torch.zeros(1) for _ in range(count)], **kwargs)
-
-
-@pytest.mark.parametrize('then, fits', [
-    (adam(2), True), (adam(2, lr=1., amsgrad=True), True), (adam(3), False),
-    (torch.optim.SGD([torch.zeros(1), torch.zeros(1)], momentum=0.9), False)], ids=['same', 'set', 'larger', 'SGD'])
-def test_another_optimizer(then, fits):
-    runner = SimpleNamespace(optim_wrapper=OptimWrapper(adam(2)))
-    checkpoint = dict(optimizer=then.state_dict())
-    if fits:
-        check_optimizer(runner, checkpoint, 'a.pth')
-    else:
-        with pytest.raises(CheckpointError, match='a.pth has the state of another optimizer than Adam over 2 param'):
-            check_optimizer(runner, checkpoint, 'a.pth')
-
-
 # --- the hook
 
 
@@ -262,3 +222,124 @@ def test_data_without_batches_is_told():
     hook = ResumeHook()
     hook.before_run(runner)
     assert hook.batches is None and 'has no batch sampler' in said[0]
+
+
+# --- settings that a checkpoint restores
+
+SGD = dict(type='SGD', lr=0.1, momentum=0.9)
+ADAM = dict(type='Adam', lr=0.1)
+STEPS = dict(type='MultiStepLR', milestones=[9])
+COSINE = dict(type='CosineAnnealingLR', eta_min=0.01)
+ONE_CYCLE = dict(type='OneCycleLR', eta_max=0.1, by_epoch=True, convert_to_iter_based=True)
+
+
+def resumed(then: dict, now: dict) -> tuple[str, Runner]:
+    """Train two epochs with some settings, and resume the first with others, or the second if there are more.
+
+    Returns the warnings and the runner.
+    """
+    make_runner('then', **then).train()
+    runner = make_runner('now', load_from=f'then/epoch_{2 if "train_cfg" in now else 1}.pth', resume=True, **now)
+    told: list[str] = []
+    runner.logger.warning = lambda text, *_: told.append(str(text))
+    runner.train()
+    return '\n'.join(told), runner
+
+
+def test_other_lengths_of_a_schedule_follow_the_training():
+    """Resuming for more epochs, as MMEngine does, with schedules whose end follows the number of epochs."""
+    told, runner = resumed(dict(param_scheduler=COSINE), dict(
+        param_scheduler=COSINE, train_cfg=dict(by_epoch=True, max_epochs=4)))
+    assert runner.iter == 16
+    assert 'of a training of another length' in told and 'T_max: 2 in the checkpoint, 4 by the config' in told
+    # The last rate of the checkpoint's schedule remains.
+    last = torch.load('then/epoch_2.pth', weights_only=False)['optimizer']['param_groups'][0]['lr']
+    assert runner.optim_wrapper.param_groups[0]['lr'] == last
+
+
+@pytest.mark.parametrize('then, now, words', [
+    (dict(optimizer=SGD), dict(optimizer=dict(SGD, lr=0.01)), 'optimizer.lr: 0.1 in the checkpoint, 0.01 by the conf'),
+    (dict(optimizer=SGD), dict(optimizer=dict(SGD, weight_decay=0.5)), 'optimizer.weight_decay: 0 in .*, 0.5 by'),
+    (dict(optimizer=SGD), dict(optimizer=dict(SGD, nesterov=True)), 'nesterov: False in the checkpoint, True by'),
+    (dict(optimizer=ADAM), dict(optimizer=dict(ADAM, betas=(0.8, 0.999))), r'betas: \(0.9, 0.999\) in .* \(0.8'),
+    (dict(optimizer=ADAM), dict(optimizer=dict(ADAM, type='AdamW', weight_decay=0.)), 'decoupled_weight_decay: False'),
+    (dict(optimizer=SGD), dict(optimizer=SGD, paramwise_cfg=dict(bias_lr_mult=2.)), 'another optimizer than SGD'),
+    (dict(optimizer=SGD, paramwise_cfg=dict(bias_lr_mult=2.)), dict(optimizer=SGD, paramwise_cfg=dict(
+        bias_lr_mult=3.)), 'optimizer.lr of 1 of 2 parameter groups: 0.2 in the checkpoint, 0.3'),
+    (dict(optimizer=SGD), dict(optimizer=ADAM), 'another optimizer than Adam over 2 parameters')],
+    ids=['lr', 'decay', 'nesterov', 'betas', 'AdamW', 'groups', 'one group', 'other'])
+def test_other_settings_of_an_optimizer_are_refused(then, now, words):
+    with pytest.raises(CheckpointError, match=words):
+        resumed(dict(optim_wrapper=then), dict(optim_wrapper=now))
+
+
+@pytest.mark.parametrize('then, now, words', [
+    (STEPS, dict(STEPS, milestones=[1]), r'\(MultiStepLR\) milestones: \[9\] in the checkpoint, \[1\] by the config'),
+    (STEPS, dict(STEPS, gamma=0.5), 'gamma: 0.1 in the checkpoint, 0.5'),
+    (STEPS, dict(STEPS, by_epoch=False), 'by_epoch: True in the checkpoint, False'),
+    (STEPS, dict(type='ExponentialLR', gamma=0.1), 'param_scheduler.0 is ExponentialLR by the config and another'),
+    (STEPS, [STEPS, STEPS], '2 schedules by the config and 1 in'), (STEPS, None, '0 schedules by the config and 1 in'),
+    (ONE_CYCLE, dict(ONE_CYCLE, pct_start=0.5), 'schedule_phases: '),
+    (ONE_CYCLE, dict(ONE_CYCLE, eta_max=1.), 'eta_max: 0.1 in the checkpoint, 1.0'),
+    (dict(COSINE, T_max=8), dict(COSINE, T_max=9), 'T_max: 8 in the checkpoint, 9')],
+    ids=['milestones', 'gamma', 'unit', 'kind', 'more', 'none', 'phases', 'maximum', 'period'])
+def test_other_schedules_are_refused(then, now, words):
+    with pytest.raises(CheckpointError, match=words):
+        resumed(dict(param_scheduler=then), dict(param_scheduler=now))
+
+
+@pytest.mark.parametrize('schedule, refused', [('one cycle', True), ('steps', False)])
+def test_another_batch_size(schedule, refused):
+    """Schedules in iterations would end early or late; those in epochs do not depend on the number of batches."""
+    settings = dict(param_scheduler=ONE_CYCLE if refused else STEPS)
+    loader = dict(batch_size=4, num_workers=0, dataset=Draws(), sampler=dict(type='DefaultSampler'))
+    if refused:
+        with pytest.raises(CheckpointError, match='total_steps: 8 in the checkpoint, 4 by the config'):
+            resumed(settings, dict(settings, train_dataloader=loader))
+    else:
+        told, _ = resumed(settings, dict(settings, train_dataloader=loader))
+        assert 'differs from an uninterrupted run' in told
+
+
+def test_the_settings_of_the_checkpoint_are_used_where_asked():
+    told, runner = resumed(dict(optim_wrapper=dict(optimizer=SGD)), dict(
+        optim_wrapper=dict(optimizer=dict(SGD, lr=5.)), custom_hooks=[dict(type='mmasl.ResumeHook', strict=False)]))
+    assert 'lr: 0.1 in the checkpoint, 5.0 by the config' in told
+    assert runner.optim_wrapper.param_groups[0]['lr'] == 0.1
+
+
+def test_the_same_settings_pass():
+    for settings in (dict(param_scheduler=ONE_CYCLE), dict(param_scheduler=[COSINE, dict(
+            type='mmasl.OneCycleMomentum', by_epoch=True, convert_to_iter_based=True)]),
+            dict(optim_wrapper=dict(optimizer=ADAM), param_scheduler=dict(type='CosineAnnealingMomentum'))):
+        assert 'other settings' not in resumed(settings, settings)[0]
+
+
+def test_several_optimizers():
+    def wrapper(**lr) -> OptimWrapperDict:
+        return OptimWrapperDict(**{name: OptimWrapper(torch.optim.SGD([torch.zeros(1)], value))
+                                   for name, value in lr.items()})
+
+    state = wrapper(a=0.1, b=0.1).state_dict()
+    assert list(map(str, optimizer_differences(wrapper(a=0.1, b=0.2), state, 'a.pth'))) == [
+        'optim_wrapper.b.optimizer.lr: 0.1 in the checkpoint, 0.2 by the config']
+    with pytest.raises(CheckpointError, match=r"the optimizers \['a', 'b'\], and optim_wrapper has \['a'\]"):
+        list(optimizer_differences(wrapper(a=0.1), state, 'a.pth'))
+    scaled = OptimWrapper(torch.optim.SGD([torch.zeros(1)], 0.1))
+    scaled.loss_scaler = torch.amp.GradScaler('cpu', growth_interval=7)
+    state = scaled.state_dict() | dict(loss_scaler=torch.amp.GradScaler('cpu', growth_interval=9).state_dict())
+    assert list(map(str, optimizer_differences(scaled, state, 'a.pth'))) == [
+        'optim_wrapper.loss_scale.growth_interval: 9 in the checkpoint, 7 by the config']
+
+
+def test_other_classes_are_refused():
+    class Named(Draws):
+        metainfo = dict(classes=('cat', 'dog'))
+
+    class Turned(Draws):
+        metainfo = dict(classes=('dog', 'cat'))
+
+    loaders = [dict(train_dataloader=dict(batch_size=2, num_workers=0, dataset=kind(), sampler=dict(
+        type='DefaultSampler'))) for kind in (Named, Turned)]
+    with pytest.raises(CheckpointError, match="class 0 of train_dataloader.dataset: 'cat' in the checkpoint, 'dog' by"):
+        resumed(*loaders)
