@@ -7,15 +7,16 @@ import logging
 import math
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
 from mmengine.fileio import exists, get
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset
 from mmasl.errors import DataError
 from mmasl.utils.config import iter_dataset_configs, resolve_type
 
+SECONDS_PER_REPORT = 10
 COCO_LISTS = dict(images='image', categories='category', annotations='annotation')
 
 
@@ -121,42 +123,66 @@ def check_same_classes(classes: dict[str, Sequence[str]]) -> None:
                                 'metainfo=dict(classes=[...]) in both.')
 
 
-def check_samples(dataset: BaseDataset, num_classes: int | None, key: str, max_missing: int = 0) -> None:
+def check_samples(dataset: BaseDataset, num_classes: int | None, key: str, max_missing: int = 0,
+                  max_samples: int | None = None) -> None:
     """Raise for the first label that is out of range, and for image files that do not exist.
 
-    Lists each folder once. Skips images on remote file systems. Skips a data set whose attribute ``samples_checked`` is
-    true: it checks labels while it reads them, and has too many images to list.
+    Every rank must call this: each looks at a share of the samples, and all raise the same error. Progress is logged
+    every ten seconds. Lists each folder once. Skips images on remote file systems. Skips a data set whose attribute
+    ``samples_checked`` is true: it checks labels while it reads them, and has too many images to list.
 
     Args:
         dataset: The data set.
         num_classes: Number of its classes; None: labels are not checked.
         key: Config key of the data set, for the message.
         max_missing: Number of missing images that give a warning instead of an error.
+        max_samples: Number of samples to look at, evenly spaced; None for all.
 
     Raises:
         DataError: A label is out of range, or more images are missing.
     """
     if getattr(dataset, 'samples_checked', False):
         return
-    listed, missing = {}, []
-    for info in map(dataset.get_data_info, range(len(dataset))):
-        path = info.get('img_path')
-        labels = torch.as_tensor(info['gt_label'] if info.get('gt_label') is not None else []).reshape(-1)
-        if num_classes and ((labels < 0) | (labels >= num_classes)).any():
-            raise DataError(f'{path} in {key} has gt_label={info["gt_label"]}. Labels of {num_classes} classes must be '
-                            f'within 0 ... {num_classes - 1}.')
+    step = max(1, math.ceil(len(dataset) / max_samples)) if max_samples else 1
+    indices = range(get_rank() * step, len(dataset), get_world_size() * step)
+    found = all_gather_object(_look_at_samples(dataset, num_classes, key, indices))
+    if errors := [error for _, error in found if error]:
+        raise min(errors, key=lambda error: error[0])[1]
+    if missing := sorted(chain.from_iterable(missing for missing, _ in found)):
+        message = f'{len(missing)} of {len(dataset)} images of {key} are missing, the first is {missing[0][1]}'
+        if len(missing) > max_missing:
+            raise DataError(f'{message}. {missing_image_hint(dataset)}')
+        print_log(f'{message}; other images replace them', 'current', logging.WARNING)
+
+
+def _look_at_samples(dataset: BaseDataset, num_classes: int | None, key: str,
+                     indices: range) -> tuple[list[tuple[int, str]], tuple[int, Exception] | None]:
+    """Index and path of the missing images among some samples; and index and error of the first wrong sample."""
+    listed: dict[str, Collection[str]] = {}
+    missing: list[tuple[int, str]] = []
+    last = time.monotonic()
+    for index in indices:
+        try:
+            info = dataset.get_data_info(index)
+            path = info.get('img_path')
+            labels = torch.as_tensor(info['gt_label'] if info.get('gt_label') is not None else []).reshape(-1)
+            if num_classes and ((labels < 0) | (labels >= num_classes)).any():
+                raise DataError(f'{path} in {key} has gt_label={info["gt_label"]}. Labels of {num_classes} classes '
+                                f'must be within 0 ... {num_classes - 1}.')
+        except Exception as error:  # the other ranks wait for the result of this one
+            return missing, (index, error)
         if not isinstance(path, str) or ':' in path.split('/')[0]:
             continue
         folder, name = os.path.split(path)
         if folder not in listed:
             listed[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else ()
         if name not in listed[folder]:
-            missing.append(path)
-    if missing:
-        message = f'{len(missing)} of {len(dataset)} images of {key} are missing, the first is {missing[0]}'
-        if len(missing) > max_missing:
-            raise DataError(f'{message}. {missing_image_hint(dataset)}')
-        print_log(f'{message}; other images replace them', 'current', logging.WARNING)
+            missing.append((index, path))
+        if time.monotonic() - last > SECONDS_PER_REPORT:
+            last = time.monotonic()
+            print_log(f'Checking the samples of {key}: {index:,} of {len(dataset):,}. To check fewer, set '
+                      "custom_hooks=[dict(type='mmasl.CheckDataHook', max_samples=N)]", 'current')
+    return missing, None
 
 
 def missing_image_hint(dataset: BaseDataset) -> str:

@@ -1,7 +1,8 @@
 """Checks that all ranks pass or fail together."""
 from collections.abc import Callable
 
-from mmengine.dist import broadcast_object_list, is_main_process
+import torch
+from mmengine.dist import all_gather_object, all_reduce, broadcast_object_list, get_world_size, is_main_process
 
 
 def check_on_main_process(check: Callable[[], None]) -> None:
@@ -22,3 +23,23 @@ def check_on_main_process(check: Callable[[], None]) -> None:
     broadcast_object_list(outcome)
     if outcome[0] is not None:
         raise outcome[0]
+
+
+def first_of_all_ranks(message: str) -> str:
+    """Share a message, which most often is empty: the first one of the ranks that have one.
+
+    Every rank must call this. Without a message it costs one reduction of a number, and nothing in one process.
+
+    Args:
+        message: What this rank has to say, or ''.
+
+    Returns:
+        The same text on all ranks; '' if none has a message.
+    """
+    if get_world_size() == 1:
+        return message
+    flag = torch.tensor(float(bool(message)))
+    all_reduce(flag, op='max')
+    if not flag.item():
+        return ''
+    return next(text for text in all_gather_object(message) if text)

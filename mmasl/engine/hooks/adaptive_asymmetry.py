@@ -1,5 +1,5 @@
 """Control of the asymmetry by the probability gap (Sec. 2.7 of arXiv 2009.14119)."""
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from mmengine.runner import Runner
@@ -9,7 +9,7 @@ from mmasl.engine.hooks.probability_gap import ProbabilityGapHook
 from mmasl.errors import CheckpointError, ConfigError
 from mmasl.models.losses.utils import find_losses
 from mmasl.registry import HOOKS
-from mmasl.utils.runner import built_loop, is_resuming
+from mmasl.utils.runner import built_loop, checkpoint_name, is_resuming
 
 STATE = 'adaptive_asymmetry'  # key in checkpoints
 # What is controlled: its change per unit of gamma_neg that moves the gap about as far, lowest and highest value.
@@ -106,6 +106,7 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
         self.rate = 0.  # the step of this training
         self.gaps: list[Tensor] = []  # of the previous update, (); NaN: none yet
         self._resumed: list[dict] | None = None
+        self._warned = False
 
     def before_run(self, runner: Runner) -> None:
         # Before EMAHook copies the model. After FSDP's to_empty the values are garbage, after runner.load_checkpoint
@@ -137,6 +138,15 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
                 raise ConfigError(f'{self.adapt}={values.tolist()} of the loss must lie in [{low}, {high}] for '
                                   'AdaptiveAsymmetryHook')
 
+    def before_val_epoch(self, runner: Runner) -> None:
+        # The values of a training may come back into range: a warning, once.
+        if self._warned or not (problem := unreachable_threshold(runner.model)):
+            return
+        self._warned = True
+        runner.logger.warning(f'AdaptiveAsymmetryHook has moved {self.adapt} so far that {problem}. No label of such a '
+                              'class is predicted; scores and mAP are not affected. Lower thr of the head, raise '
+                              "target, or use adapt='gamma_neg'")
+
     def control(self, number: int, gap: Tensor, renewed: Tensor, done: float) -> None:
         change = -DAMPING * (gap - self.gaps[number]).nan_to_num(0)
         self.gaps[number].copy_(gap)
@@ -153,13 +163,21 @@ class AdaptiveAsymmetryHook(ProbabilityGapHook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         if not is_resuming(runner):
-            if not _starts_training(runner):
-                restore_asymmetry(runner.model, checkpoint)  # a test
+            restored = not _starts_training(runner) and restore_asymmetry(runner.model, checkpoint)  # a test
+            if restored and (problem := unreachable_threshold(runner.model)):
+                raise ConfigError(f'{checkpoint_name(runner)} has other parameters of the loss than the config, and '
+                                  f'{problem}. Lower model.head.thr')
             return
         if not restore_asymmetry(runner.model, checkpoint):
             raise CheckpointError('the checkpoint to resume from was written without AdaptiveAsymmetryHook. Start from '
                                   'its weights (load_from, without resume), or remove the hook')
         self._resumed = checkpoint[STATE]
+
+
+def unreachable_threshold(model: nn.Module) -> str:
+    """Say why the threshold of a head with calibrated predictions cannot be exceeded; '' if all can."""
+    heads: Any = [module for module in model.modules() if hasattr(module, 'unreachable_threshold')]
+    return next((problem for head in heads if (problem := head.unreachable_threshold())), '')
 
 
 def _starts_training(runner: Runner) -> bool:

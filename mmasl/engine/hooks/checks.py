@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.dataset import BaseDataset, Compose
+from mmengine.dist import all_reduce
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import BaseLoop, Runner
@@ -32,7 +33,7 @@ from mmasl.evaluation.name_checks import check_metric_names
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
 from mmasl.models.losses.asymmetric_softmax_loss import AsymmetricSoftmaxLoss
 from mmasl.registry import HOOKS
-from mmasl.utils.distributed import check_on_main_process
+from mmasl.utils.distributed import first_of_all_ranks
 from mmasl.utils.runner import built_loop, checkpoint_name
 
 LOSSES = (AsymmetricLoss, AsymmetricSoftmaxLoss)
@@ -43,7 +44,7 @@ HEADS = re.compile(r'(^|\.)(head|bbox_head(\.\d+)?|data_preprocessor)$')
 class CheckDataHook(Hook):
     """Checks data sets, heads and losses before a run, and names unreadable images during the run.
 
-    Before the run, rank 0 checks every data set of it, and all ranks stop if it finds an error:
+    Before the run, every data set of it is checked, and all ranks stop if one finds an error:
 
     - it makes a batch, its labels are among its classes, and no image file is missing (see :func:`check_samples`);
     - training and evaluation have the same classes in the same order;
@@ -56,7 +57,10 @@ class CheckDataHook(Hook):
     image is always an error, because the result would be that of other data.
 
     Args:
-        skip_unreadable: Number of unreadable images of a training set to skip, >= 0; one more is an error.
+        skip_unreadable: Number of unreadable images of a training set to skip, >= 0; one more is an error. Ranks count
+            together at the end of each epoch.
+        max_samples: Number of samples of each data set to check before the run, evenly spaced; None for all. Ranks
+            share them.
 
     Raises:
         ConfigError: Classes do not fit each other, or no batch can be made.
@@ -65,28 +69,48 @@ class CheckDataHook(Hook):
     """
     priority = 'VERY_HIGH'
 
-    def __init__(self, skip_unreadable: int = 0) -> None:
+    def __init__(self, skip_unreadable: int = 0, max_samples: int | None = None) -> None:
         if skip_unreadable < 0:
             raise ConfigError(f'skip_unreadable={skip_unreadable} must be a number of images, 0 or more')
+        if max_samples is not None and max_samples < 1:
+            raise ConfigError(f'max_samples={max_samples} must be a number of samples, 1 or more, or None')
         self.skip_unreadable = skip_unreadable
-        self.skipped: list[Tensor] = []
+        self.max_samples = max_samples
+        self.skipped: list[tuple[BaseDataset, Tensor]] = []  # training sets, and which samples have been skipped
 
     def before_run(self, runner: Runner) -> None:
         loops = {split: loop for split in ('train', 'val', 'test')
                  if (loop := built_loop(runner, split))}
         save_best = [name for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.save_best
                      for name in hook.key_indicators]
-        check_on_main_process(lambda: self._check(runner.model, loops, save_best))
-        for loop in loops.values():
-            for dataset in iter_base_datasets(loop.dataloader.dataset):
-                self._guard(dataset)
+        self._check(runner.model, loops, save_best)
+        self._guard_all(loops)
+        if 'train' in loops:
+            runner.register_hook(_GuardAgain(self, loops))
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        # After each pass over the data, in loops by epochs and by iterations.
-        if self.skip_unreadable and (runner.iter + 1) % len(runner.train_dataloader) == 0 and (
-                count := sum(int(x.sum()) for x in self.skipped)):
-            runner.logger.warning(f'{count} images of the training set cannot be read and were replaced; see the '
-                                  'warnings above')
+        # A loop by iterations has one epoch.
+        if hasattr(runner.train_loop, 'dataloader_iterator') and (runner.iter + 1) % len(runner.train_dataloader) == 0:
+            self._count_skipped(runner)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        self._count_skipped(runner)
+
+    def _count_skipped(self, runner: Runner) -> None:
+        """Count the skipped images of all ranks, whose workers share no memory and whose warnings are not logged."""
+        if not self.skip_unreadable:
+            return
+        names: list[str] = []
+        for dataset, skipped in self.skipped:
+            total = skipped.int()
+            all_reduce(total, op='max')
+            names += [str(dataset.get_data_info(i).get('img_path')) for i in total.nonzero()[:, 0].tolist()]
+        if len(names) > self.skip_unreadable:
+            raise UnreadableImageError(f'{len(names)} images cannot be read (skip_unreadable={self.skip_unreadable}): '
+                                       f'{first_few(names)}. Restore them, or remove them from the annotation file')
+        if names:
+            runner.logger.warning(f'{len(names)} images of the training set cannot be read and were replaced: '
+                                  f'{first_few(names)}')
 
     def _check(self, model: nn.Module, loops: dict[str, BaseLoop], save_best: Sequence[str]) -> None:
         classes = {}
@@ -99,7 +123,7 @@ class CheckDataHook(Hook):
             if names:
                 classes[key] = names
             for inner in iter_base_datasets(dataset):
-                check_samples(inner, names and len(names), key, self._spare(inner))
+                check_samples(inner, names and len(names), key, self._spare(split), self.max_samples)
             if names and (evaluator := getattr(loop, 'evaluator', None)):
                 check_metric_names(evaluator.metrics, len(names), f'{split}_evaluator',
                                    save_best if split == 'val' else ())
@@ -107,18 +131,36 @@ class CheckDataHook(Hook):
         for key, names in classes.items():
             check_class_counts(model, names, key)
 
-    def _spare(self, dataset: BaseDataset) -> int:
-        return 0 if dataset.test_mode else self.skip_unreadable
+    def _spare(self, split: str) -> int:
+        return self.skip_unreadable if split == 'train' else 0
 
-    def _guard(self, dataset: BaseDataset) -> None:
-        """Wrap every image loader of the pipeline in a :class:`GuardedLoader`."""
-        pipeline = getattr(dataset, 'pipeline', None)
-        if isinstance(pipeline, Compose):
-            skipped = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
-            self.skipped.append(skipped)
-            pipeline.transforms = [
-                GuardedLoader(x, self._spare(dataset), skipped, missing_image_hint(dataset))
-                if type(x) is LoadImageFromFile else x for x in pipeline.transforms]
+    def _guard_all(self, loops: dict[str, BaseLoop]) -> None:
+        """Wrap every image loader of the pipelines in a :class:`GuardedLoader`, if it is not yet."""
+        for split, loop in loops.items():
+            for dataset in iter_base_datasets(loop.dataloader.dataset):
+                pipeline = getattr(dataset, 'pipeline', None)
+                if not isinstance(pipeline, Compose) or not any(
+                        isinstance(x, LoadImageFromFile) for x in pipeline.transforms):
+                    continue
+                known = [skipped for other, skipped in self.skipped if other is dataset]
+                skipped = known[0] if known else torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+                if split == 'train' and not known:
+                    self.skipped.append((dataset, skipped))
+                pipeline.transforms = [
+                    GuardedLoader(x, self._spare(split), skipped, missing_image_hint(dataset))
+                    if isinstance(x, LoadImageFromFile) else x for x in pipeline.transforms]
+
+
+class _GuardAgain(Hook):
+    """Guards the pipelines that another hook replaces in an epoch, such as MMDetection's PipelineSwitchHook."""
+    priority = 'LOWEST'
+
+    def __init__(self, hook: CheckDataHook, loops: dict[str, BaseLoop]) -> None:
+        self.hook = hook
+        self.loops = loops
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self.hook._guard_all(self.loops)
 
 
 class GuardedLoader:
@@ -202,7 +244,8 @@ class CheckFiniteHook(Hook):
 
     The hook reads the loss that MMEngine has already fetched for its log, so it adds no host sync, and checks the
     weights once before each checkpoint and each test. The message counts the non-finite logits of mmasl's losses and
-    names their images and classes. MMDetection's CheckInvalidLossHook checks every 50th iteration only, after EMA, and
+    names their images and classes. All ranks stop with the message of the first one; several processes therefore reduce
+    one number in each iteration. MMDetection's CheckInvalidLossHook checks every 50th iteration only, after EMA, and
     its error has no message.
 
     For the message the hook keeps the logits from the loss to the end of the same iteration. It keeps none if the model
@@ -229,22 +272,28 @@ class CheckFiniteHook(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         logits, self.logits = self.logits or [], None
-        fetched = runner.message_hub.log_scalars
+        fetched, what = runner.message_hub.log_scalars, ''
         for name in outputs or ():
             if 'loss' not in name:
                 continue
             value = fetched[f'train/{name}'].current() if f'train/{name}' in fetched else float(outputs[name])
             if not math.isfinite(value):
-                self._stop(runner, f'{name} is {value}. {describe_logits(logits, data_batch)}')
-        if self._saves(runner, batch_idx) and (what := describe_weights(runner.model)):
-            self._stop(runner, what)
+                what = f'{name} is {value}. {describe_logits(logits, data_batch)}'
+                break
+        if not what and self._saves(runner):
+            what = describe_weights(runner.model)
+        self._stop(runner, what, runner.iter + 1)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        # Checkpoints by epochs follow. A resumed epoch has fewer batches, so their number does not tell its end.
+        self._stop(runner, describe_weights(runner.model), runner.iter)
 
     def before_val(self, runner: Runner) -> None:
         self.logits = None  # of an iteration that an exception left
 
     def before_test(self, runner: Runner) -> None:
         self.logits = None
-        if what := describe_weights(runner.model):
+        if what := first_of_all_ranks(describe_weights(runner.model)):
             raise NonFiniteError(f'{what} {checkpoint_name(runner)} is from a diverged training: use an earlier '
                                  'checkpoint')
 
@@ -253,19 +302,22 @@ class CheckFiniteHook(Hook):
             self.logits.append((args[0] if args else kwargs['pred']).detach())
 
     @staticmethod
-    def _saves(runner: Runner, batch_idx: int) -> bool:
-        """Whether a checkpoint may be written after this iteration."""
-        if runner.iter + 1 == runner.max_iters or batch_idx + 1 == len(runner.train_dataloader):
-            return True
-        return any(isinstance(hook, CheckpointHook) and not hook.by_epoch
-                   and hook.every_n_train_iters(runner, hook.interval) for hook in runner.hooks)
+    def _saves(runner: Runner) -> bool:
+        """Whether a checkpoint by iterations may be written after this one."""
+        return runner.iter + 1 == runner.max_iters or any(
+            isinstance(hook, CheckpointHook) and not hook.by_epoch
+            and hook.every_n_train_iters(runner, hook.interval) for hook in runner.hooks)
 
     @staticmethod
-    def _stop(runner: Runner, what: str) -> None:
+    def _stop(runner: Runner, what: str, iteration: int) -> None:
+        """Raise if one of the ranks has found something. All ranks must call this."""
+        what = first_of_all_ranks(what)
+        if not what:
+            return
         record = os.path.join(runner.work_dir, 'last_checkpoint')
         saved = Path(record).read_text().strip() if os.path.exists(record) else ''
         raise NonFiniteError(
-            f'epoch {runner.epoch + 1}, iteration {runner.iter + 1}: {what} Lower the learning rate, clip gradients '
+            f'epoch {runner.epoch + 1}, iteration {iteration}: {what} Lower the learning rate, clip gradients '
             '(optim_wrapper.clip_grad.max_norm=10), or train without --amp; '
             + (f'{saved} is the last checkpoint, from before it' if saved else 'there is no checkpoint yet'))
 

@@ -93,10 +93,19 @@ class CalibratedPredictions(StoredThresholds):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if problem := self.unreachable_threshold():
+            raise ConfigError(f'{problem}. Lower clip or thr.')
+
+    def unreachable_threshold(self) -> str:
+        """Say why ``thr`` cannot be exceeded with the present parameters of the loss; '' if it can.
+
+        :class:`mmasl.AdaptiveAsymmetryHook` may move them after the head is built.
+        """
         bound = posterior_upper_bound(**calibration_settings(self.loss_module)).min().item()
-        if self.thr is not None and bound <= self.thr:
-            raise ConfigError(f'thr={self.thr} is never exceeded: with clip={self.loss_module.clip.tolist()} and '
-                              f'gamma_pos=0 the calibrated score stays below {bound:.3g}. Lower clip or thr.')
+        if self.thr is None or bound > self.thr:
+            return ''
+        return (f'thr={self.thr} is never exceeded: with clip={self.loss_module.clip.tolist()} and gamma_pos=0 the '
+                f'calibrated score stays below {bound:.3g}')
 
     def _get_predictions(self, cls_score: Tensor, data_samples: list[DataSample] | None) -> list[DataSample]:
         data_samples = super()._get_predictions(cls_score, data_samples)
