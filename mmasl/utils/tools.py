@@ -206,8 +206,8 @@ def check_data(cfg: Config, *splits: str) -> None:
     missing: dict[str, str] = {}
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
-        entries = iter_dataset_configs(
-            loader.dataset, f'{split}_dataloader.dataset', cfg.get('default_scope')) if loader else ()
+        entries = list(iter_dataset_configs(
+            loader.dataset, f'{split}_dataloader.dataset', cfg.get('default_scope'))) if loader else []
         paths = {path_key: path for key, dataset in entries
                  for path_key, path in _dataset_paths(dataset, key, cfg.get('default_scope'))}
         paths |= _evaluator_paths(cfg.get(f'{split}_evaluator'), f'{split}_evaluator')

@@ -3,7 +3,10 @@
 Names and shapes of the official files are written from the published architecture, not taken from timm.
 """
 import os
+import re
+from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import numpy as np
@@ -12,22 +15,34 @@ import timm
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseModule, PretrainedInit
 from mmengine.optim import OneCycleLR
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
+from mmengine.runner.checkpoint import load_checkpoint as mmengine_load
 from torch import nn
 
+from mmasl.engine.hooks import checkpoint as hooks
 from mmasl.engine.hooks.checkpoint import AdaptCheckpointHook
 from mmasl.engine.hooks.ema import RelativeEMAHook
 from mmasl.errors import CheckpointError
+from mmasl.utils import checkpoint
 from mmasl.utils.checkpoint import (
+    check_pretrained,
     check_state_dict,
     convert_official,
+    describe_misfit,
     find_checkpoint,
+    inner_model,
     is_official,
     load_weights,
     match_rows,
     read_checkpoint,
+    safe_checkpoint_loading,
+    state_of,
+    strip_wrappers,
+    unwrap_model,
 )
 
 # blocks of the four stages, width
@@ -328,6 +343,156 @@ def test_load_weights_warns_of_weights_that_the_model_lacks():
         load_weights(model, dict(state, extra=torch.zeros(1)), 'a.pth')
     with pytest.raises(CheckpointError, match='head.fc.bias is missing'):
         load_weights(model, dict(list(state.items())[:1]), 'a.pth')
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
+def test_prefixes_of_wrappers_are_removed_wherever_weights_come_in(tmp_path, prefix):
+    state = Linear(3).state_dict()
+    wrapped = OrderedDict((prefix + key, value) for key, value in state.items())
+    wrapped._metadata = {prefix + key: value for key, value in state._metadata.items()}
+    for content in (wrapped, dict(state_dict=wrapped), dict(wrapped, n_averaged=torch.tensor(3))):
+        torch.save(content, tmp_path / 'a.pth')
+        read = read_checkpoint(tmp_path / 'a.pth')
+        assert list(state_of(read)) == list(state)
+        model = Linear(3)
+        load_weights(model, read, 'a.pth')
+        assert torch.equal(model.head.fc.weight, state['head.fc.weight'])
+        with safe_checkpoint_loading():
+            model = Linear(3)
+            mmengine_load(model, str(tmp_path / 'a.pth'), strict=True)
+            assert torch.equal(model.head.fc.weight, state['head.fc.weight'])
+            wide = nn.Module()
+            wide.head = nn.Linear(2, 3)
+            PretrainedInit(str(tmp_path / 'a.pth'), prefix='head.fc.')(wide.head)
+            assert torch.equal(wide.head.weight, state['head.fc.weight'])
+    assert 'head.fc' in strip_wrappers(wrapped)._metadata
+
+
+@pytest.mark.parametrize('names', [['module.fc.lora_up'], ['module.a', 'b'], ['n_averaged'], []])
+def test_names_that_start_with_module_themselves_remain(names):
+    state = {name: torch.zeros(1) for name in names}
+    assert strip_wrappers(state) is state
+
+
+class Resized(nn.Module):
+    """It renames and resizes a weight while it loads, as MMPretrain's transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(4))
+        self._register_load_state_dict_pre_hook(self._adapt)
+
+    def _adapt(self, state: dict, prefix: str, *_: object) -> None:
+        old = state.pop(prefix + 'old', state.get(prefix + 'place'))
+        state[prefix + 'place'] = old.repeat(2) if len(old) == 2 else old
+
+
+def test_models_may_rename_and_resize_weights():
+    for strict in (True, False):
+        for key, size in (('place', 2), ('old', 2), ('old', 4)):
+            check_state_dict(Resized(), {key: torch.ones(size)}, 'a.pth', strict)
+        with pytest.raises(CheckpointError, match='does not fit'):
+            check_state_dict(Resized(), {'place': torch.ones(3)}, 'a.pth', strict)
+
+
+def test_few_weights_that_fit_give_a_warning(monkeypatch):
+    told = []
+    monkeypatch.setattr(checkpoint, 'print_log', lambda text, *_: told.append(text))
+    check_state_dict(Head(3), {'head.fc.bias': torch.zeros(3)}, 'a.pth', strict=False)
+    assert 'a.pth has only 1 of the 2 weights of the model (33.3% of their values)' in told.pop()
+    check_state_dict(Head(3), {'head.fc.weight': torch.zeros(3, 2)}, 'a.pth', strict=False)
+    assert not told
+
+
+@pytest.mark.parametrize('content, key, hint', [
+    (dict(model={'fc.weight': torch.zeros(1)}, epoch=3), '', "under 'model': save them alone"),
+    ({'encoder.head.fc.weight': torch.zeros(3, 2)}, '', "start with 'encoder.': save them without it"),
+    ({'encoder.head.fc.weight': torch.zeros(3, 2)}, 'model.init_cfg', "Set model.init_cfg.prefix='encoder.'."),
+    ({'fc.weight': torch.zeros(3, 2)}, '', r'has the weights of model.head: .* model.head.init_cfg=dict\('),
+    ({'other': torch.zeros(1)}, '', r'and the model has head.fc.weight, head.fc.bias.$')])
+def test_how_a_file_that_does_not_fit_can_be_used(content, key, hint):
+    assert re.search(hint, describe_misfit(content, Head(3).state_dict(), key))
+
+
+class Pretrained(BaseModule):
+
+    def __init__(self, init_cfg: dict) -> None:
+        super().__init__(init_cfg)
+        self.stem, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize('rename, prefix, outcome', [
+    ('{}', None, 'fits'), ('backbone.{}', 'backbone', 'fits'), ('backbone.{}', None, "prefix='backbone.'"),
+    ('encoder.{}', None, "prefix='encoder.'"), ('{}', 'backbone.', "prefix='backbone.': no weight in a.pth")])
+@pytest.mark.parametrize('kind', ['Pretrained', PretrainedInit], ids=['name', 'class'])
+def test_weights_of_init_cfg(tmp_path, monkeypatch, rename, prefix, outcome, kind):
+    monkeypatch.chdir(tmp_path)
+    torch.save({rename.format(key): value + 0.5 for key, value in Pretrained(None).state_dict().items()}, 'a.pth')
+    model = Pretrained(dict(type=kind, checkpoint='a.pth', prefix=prefix))
+    runner = SimpleNamespace(model=model, _resume=False, _load_from=None, iter=0)
+    monkeypatch.setattr(hooks, 'built_loop', lambda *_: True)
+    hook = hooks.CheckStateDictHook(strict=False)
+
+    def start() -> None:
+        hook.before_run(runner)
+        model.init_weights()
+        hook.before_train(runner)
+
+    if outcome == 'fits':
+        start()
+        assert model.stem.bias.equal(torch.load('a.pth')[rename.format('stem.bias')]) and not hook.files
+    else:
+        with pytest.raises(CheckpointError, match=outcome):
+            start()
+
+
+def test_a_part_of_init_cfg_gives_a_warning(monkeypatch):
+    told = []
+    monkeypatch.setattr(checkpoint, 'print_log', lambda text, *_: told.append(text))
+    model = Pretrained(dict(type='Pretrained', checkpoint='a.pth'))
+    part = {'under.another.name': model.stem.weight.detach().half().float()}
+    model.stem.weight.data.copy_(part['under.another.name'])
+    check_pretrained(model, {'a.pth': part})
+    assert re.search('only 28.6% of the weights come from a.pth. .* such as stem.bias, last.weight', told.pop())
+    part['last'] = model.last.weight.detach().clone()
+    check_pretrained(model, {'a.pth': part})
+    assert not told
+
+
+def test_resuming_needs_no_pretrained_weights(monkeypatch):
+    monkeypatch.setattr(hooks, 'built_loop', lambda *_: True)
+    model = nn.Sequential(Pretrained(dict(type='Pretrained', checkpoint='https://host/gone.pth')))
+    hooks.CheckStateDictHook().before_run(SimpleNamespace(model=model, _resume=True))
+    model[0].init_weights()
+
+
+def test_lora_checkpoints_hold_a_part_of_the_model(tmp_path):
+    from mmpretrain.models import LoRAModel
+
+    def build() -> LoRAModel:
+        return LoRAModel(module=dict(type='mmpretrain.VisionTransformer', img_size=16, patch_size=8, arch=dict(
+            embed_dims=8, num_layers=1, num_heads=2, feedforward_channels=8)), rank=2, targets=[dict(type='qkv')])
+
+    trained, model = build(), build()
+    for parameter in trained.parameters():
+        nn.init.normal_(parameter)
+    torch.save(dict(state_dict=trained.state_dict()), tmp_path / 'a.pth')
+    content = read_checkpoint(tmp_path / 'a.pth')
+    hooks.CheckStateDictHook().after_load_checkpoint(SimpleNamespace(model=model, _load_from='a.pth'), content)
+    _load_checkpoint_to_model(model, content)  # as MMEngine's Runner does after the hooks
+    found, expected = model.state_dict(), trained.state_dict()
+    assert len(found) == 2 and all(found[key].equal(value) for key, value in expected.items())
+    assert unwrap_model(model) is model and inner_model(model) is model.module
+    del content['state_dict'][next(iter(content['state_dict']))]
+    with pytest.raises(CheckpointError, match='lora_down.weight is missing'):
+        check_state_dict(model, dict(state_dict=dict(list(expected.items())[1:])), 'a.pth')
+
+
+def test_bare_weights_are_put_where_emahook_needs_them(tmp_path):
+    torch.save(Linear(3).state_dict(), tmp_path / 'a.pth')
+    with safe_checkpoint_loading():
+        assert set(CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'))) == {'state_dict'}
+    assert 'head.fc.bias' in read_checkpoint(tmp_path / 'a.pth')
 
 
 # --- the checkpoint to resume from

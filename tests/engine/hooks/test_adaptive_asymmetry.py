@@ -1,6 +1,7 @@
 """The probability gap and its control, in MMEngine's runner, on a small task whose gap depends on gamma_neg."""
 import math
 import sys
+from types import MethodType
 from unittest.mock import MagicMock
 
 import pytest
@@ -16,9 +17,10 @@ from torch.testing import assert_close
 from torch.utils.data import Dataset
 
 from mmasl import AdaptiveAsymmetryHook, AsymmetricLoss, ProbabilityGapHook
-from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
+from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry, unreachable_threshold
 from mmasl.engine.hooks.probability_gap import gap_of
 from mmasl.errors import CheckpointError, ConfigError
+from mmasl.models.heads.calibrated_predictions import CalibratedPredictions
 
 CLASSES = 4
 RATES = torch.tensor([0.3, 0.1, 0.05, 0.02])
@@ -232,6 +234,33 @@ def test_margin_control(tmp_path):
     runner.train()
     assert logged(runner, 'gap')[-50:].mean().item() == pytest.approx(0.1, abs=0.02)
     assert 0.02 < logged(runner, 'clip')[-1] < 0.5 and logged(runner, 'gamma_neg')[-1] == 1
+
+
+class Calibrated(Model):
+    """A model whose head has a threshold on calibrated scores."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.heads[0].thr = 0.5
+        self.heads[0].loss_module = self.heads[0].criterion
+        self.heads[0].unreachable_threshold = MethodType(
+            CalibratedPredictions.unreachable_threshold, self.heads[0])
+
+
+def test_a_margin_above_which_nothing_is_predicted(tmp_path, monkeypatch):
+    """A warning, once, in the training; an error in a test."""
+    told = []
+    hook = dict(type='mmasl.AdaptiveAsymmetryHook', adapt='clip', target=0.9, step=0.6, begin=0.)
+    runner = make_runner(tmp_path, hook, Calibrated(gamma_neg=4., clip=0.02), Task(2000), epochs=2, **evaluation('val'))
+    assert not unreachable_threshold(runner.model)
+    monkeypatch.setattr(runner.logger, 'warning', lambda text, *_: told.append(text))
+    runner.train()
+    words = 'thr=0.5 is never exceeded: with clip=0.5 and gamma_pos=0'
+    assert runner.model.heads[0].criterion.clip == 0.5 and sum(words in text for text in told) == 1
+    tested = make_runner(tmp_path, hook, Calibrated(gamma_neg=4., clip=0.02), load_from=str(tmp_path / 'epoch_2.pth'),
+                         **evaluation('test'))
+    with pytest.raises(ConfigError, match=words):
+        tested.test()
 
 
 def test_parameters_per_class_move_together(tmp_path):

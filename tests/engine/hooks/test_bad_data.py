@@ -12,18 +12,29 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.dataset import BaseDataset
+from mmengine.dataset import BaseDataset, Compose
 from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from PIL import Image
 from torch import nn
 
-from mmasl.datasets.validation import check_same_classes, iter_base_datasets
+from mmasl.datasets import validation
+from mmasl.datasets.validation import check_same_classes, check_samples, iter_base_datasets
+from mmasl.engine.hooks import checks
 from mmasl.engine.hooks.adaptive_asymmetry import AdaptiveAsymmetryHook
-from mmasl.engine.hooks.checks import CheckDataHook, CheckFiniteHook, check_class_counts, describe_logits
-from mmasl.errors import ConfigError, DataError, UnreadableImageError
+from mmasl.engine.hooks.checks import (
+    CheckDataHook,
+    CheckFiniteHook,
+    GuardedLoader,
+    _GuardAgain,
+    check_class_counts,
+    describe_logits,
+)
+from mmasl.errors import ConfigError, DataError, NonFiniteError, UnreadableImageError
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
+from mmasl.utils import distributed
+from mmasl.utils.distributed import first_of_all_ranks
 from mmasl.utils.tools import TEST_HOOKS, add_hooks, exit_on_user_error
 from tools import test, train
 
@@ -411,6 +422,116 @@ def test_workers_count_together_and_an_image_once(bad, limit, message):
         assert log().count(' of at most 2)') == 2 and '2 images of the training set cannot be read' in log()
 
 
+class Listed(BaseDataset):
+    """Ten images, of which one is missing; it counts the samples that are looked at."""
+    METAINFO = dict(classes=('cat', 'dog', 'elk'))
+
+    def load_data_list(self):
+        self.looked = []
+        return [dict(img_path=f'coco/images/{i if i != 7 else "none"}.jpg', gt_label=[i % 3]) for i in range(10)]
+
+    def get_data_info(self, index):
+        self.looked.append(index)
+        return super().get_data_info(index)
+
+
+def test_the_number_of_checked_samples_is_bounded():
+    for limit, looked in ((3, [0, 4, 8]), (10, list(range(10))), (99, list(range(10))), (None, list(range(10)))):
+        data = Listed()
+        data.looked.clear()
+        if 7 in looked:
+            with pytest.raises(DataError, match=r'1 of 10 images of data are missing, the first is .*none.jpg'):
+                check_samples(data, 3, 'data', 0, limit)
+        else:
+            check_samples(data, 3, 'data', 0, limit)
+        assert data.looked == looked
+    with pytest.raises(ConfigError, match='max_samples=0 must be a number of samples'):
+        CheckDataHook(max_samples=0)
+
+
+def test_progress_is_logged(monkeypatch):
+    told = []
+    monkeypatch.setattr(validation, 'SECONDS_PER_REPORT', 0)
+    monkeypatch.setattr(validation, 'print_log', lambda text, *_: told.append(text))
+    check_samples(Listed(), 3, 'data', 1)
+    assert told[3].startswith('Checking the samples of data: 3 of 10.') and 'max_samples=N' in told[3]
+
+
+def test_ranks_share_the_samples_and_the_first_error(monkeypatch):
+    monkeypatch.setattr(validation, 'get_world_size', lambda: 2)
+    results = {}
+    for rank in range(2):
+        monkeypatch.setattr(validation, 'get_rank', lambda rank=rank: rank)
+        monkeypatch.setattr(
+            validation, 'all_gather_object', lambda found, rank=rank: results.update({rank: found}) or [])
+        data = Listed()
+        data.looked.clear()
+        check_samples(data, 2, 'data')  # two classes: label 2 is out of range
+        assert data.looked == [[0, 2], [1, 3, 5]][rank]
+    monkeypatch.setattr(validation, 'all_gather_object', lambda _: [results[1], results[0]])
+    with pytest.raises(DataError, match=r'coco/images/2.jpg in data has gt_label=\[2\]'):
+        check_samples(Listed(), 2, 'data')
+
+
+def test_a_message_of_one_rank_reaches_all(monkeypatch):
+    assert first_of_all_ranks('mine') == 'mine' and first_of_all_ranks('') == ''
+    monkeypatch.setattr(distributed, 'get_world_size', lambda: 3)
+    monkeypatch.setattr(distributed, 'all_gather_object', lambda text: [text, 'of rank 1', 'of rank 2'])
+    monkeypatch.setattr(distributed, 'all_reduce', lambda flag, op: flag.fill_(1))
+    assert first_of_all_ranks('') == 'of rank 1' and first_of_all_ranks('mine') == 'mine'
+    monkeypatch.setattr(distributed, 'all_reduce', lambda flag, op: None)
+    assert first_of_all_ranks('') == ''
+
+
+def test_images_that_other_ranks_skipped_are_counted_and_named(monkeypatch):
+    hook, told = CheckDataHook(skip_unreadable=2), []
+    runner = SimpleNamespace(logger=SimpleNamespace(warning=told.append))
+    hook.skipped = [(Listed(), torch.zeros(10, dtype=torch.bool))]
+    hook.skipped[0][1][1] = True
+
+    def reduce(total, op):
+        total[[2, 3][:others]] = 1
+
+    monkeypatch.setattr(checks, 'all_reduce', reduce)
+    others = 1
+    hook.after_train_epoch(runner)
+    names = 'coco/images/1.jpg, coco/images/2.jpg'
+    assert told == [f'2 images of the training set cannot be read and were replaced: {names}']
+    others = 2
+    with pytest.raises(UnreadableImageError, match=r'3 images cannot be read \(skip_unreadable=2\)'):
+        hook.after_train_epoch(runner)
+
+
+def test_pipelines_that_a_hook_replaces_are_guarded_again():
+    from mmcv.transforms import LoadImageFromFile
+
+    class Own(LoadImageFromFile):
+        pass
+
+    data = Listed(pipeline=[Own()])
+    loops = dict(train=SimpleNamespace(dataloader=SimpleNamespace(dataset=data)))
+    hook = CheckDataHook(skip_unreadable=2)
+    for _ in range(3):
+        hook._guard_all(loops)
+        loader, = data.pipeline.transforms
+        assert isinstance(loader, GuardedLoader) and isinstance(loader.loader, Own) and loader.limit == 2
+    data.pipeline = Compose([LoadImageFromFile()])
+    _GuardAgain(hook, loops).before_train_epoch(None)
+    loader, = data.pipeline.transforms
+    assert isinstance(loader, GuardedLoader) and loader.skipped is hook.skipped[0][1] and len(hook.skipped) == 1
+
+
+def test_the_weights_are_checked_at_the_end_of_a_resumed_epoch():
+    """Its batches are fewer and numbered from 0; the runner's iteration is of the whole training."""
+    hook, model = CheckFiniteHook(), nn.Linear(1, 1)
+    runner = SimpleNamespace(cfg={}, model=model, iter=6, epoch=1, max_iters=9, train_dataloader=range(3), hooks=[],
+                             message_hub=SimpleNamespace(log_scalars={}), work_dir='work')
+    nn.init.constant_(model.weight, torch.nan)
+    hook.after_train_iter(runner, 0)
+    with pytest.raises(NonFiniteError, match='epoch 2, iteration 6: 1 of 2 weights are not finite: weight'):
+        hook.after_train_epoch(runner)
+
+
 def test_the_place_of_logits_that_are_not_finite():
     logits = torch.zeros(3, 4)
     logits[1, 2], logits[1, 3] = float('inf'), float('nan')
@@ -449,6 +570,8 @@ def test_wrapped_data_sets_are_found():
     other = BaseDataset(lazy_init=True)
     wrapped = SimpleNamespace(dataset=SimpleNamespace(datasets=[data, SimpleNamespace(dataset=other)]))
     assert [id(x) for x in iter_base_datasets(wrapped)] == [id(data), id(other)]
+    unknown = SimpleNamespace(parts=[data, other], seed=3, rest=torch.utils.data.Subset(data, [0]))
+    assert [id(x) for x in iter_base_datasets(unknown)] == [id(data), id(other), id(data)]
     assert not list(iter_base_datasets(object()))
 
 
