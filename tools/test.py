@@ -8,6 +8,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.registry import METRICS, MODELS
 
+from mmasl.apis.drawing import use_font
 from mmasl.datasets.validation import check_coco_files
 from mmasl.errors import ConfigError
 from mmasl.utils.checkpoint import safe_checkpoint_loading
@@ -16,6 +17,7 @@ from mmasl.utils.distributed import check_on_main_process
 from mmasl.utils.tools import (
     TEST_HOOKS,
     build_runner,
+    building_data,
     check_data,
     drop_pretrained,
     exit_on_user_error,
@@ -113,12 +115,15 @@ def main(argv: list[str] | None = None) -> None:
     cfg = configure(args)
     off = {'mmasl.CheckDataHook': args.no_check_data, 'mmasl.CheckFiniteHook': args.no_check_finite}
     runner = build_runner(cfg, [hook for hook in TEST_HOOKS if not off.get(hook)])
+    if not args.no_check_data:
+        check_on_main_process(lambda: check_coco_files(cfg, 'test'))
+    with building_data(cfg, not args.no_check_data):
+        names = getattr(runner.test_loop.dataloader.dataset, 'metainfo', {}).get('classes') or ()
     if args.out and args.out_item == 'pred':
         dump = 'DumpResults' if is_classification(cfg) else 'mmdet.DumpDetResults'
         runner.test_evaluator.metrics.append(METRICS.build(dict(type=dump, out_file_path=args.out)))
-    if not args.no_check_data:
-        check_on_main_process(lambda: check_coco_files(cfg, 'test'))
-    metrics = runner.test()
+    with use_font(names if args.show or args.show_dir else ()):
+        metrics = runner.test()
     if args.out and args.out_item == 'metrics' and is_main_process():
         mmengine.dump(metrics, args.out)
 

@@ -18,6 +18,7 @@ from mmasl.utils.config import is_kind, resolve_type
 from mmasl.utils.distributed import check_on_main_process
 from mmasl.utils.tools import (
     build_runner,
+    building_data,
     check_data,
     drop_pretrained,
     exit_on_user_error,
@@ -156,6 +157,8 @@ def main(argv: list[str] | None = None) -> None:
         runner = build_runner(cfg, automatic_hooks(cfg, args))
         if not args.no_check_data:
             check_on_main_process(lambda: check_coco_files(cfg, 'train', 'val'))
+        with building_data(cfg, not args.no_check_data):
+            runner.train_loop, runner.val_loop  # noqa: B018  # properties that build
         runner.train()
 
 

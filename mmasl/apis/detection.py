@@ -8,7 +8,7 @@ from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import TRANSFORMS
 
-from mmasl.apis.drawing import choose_name
+from mmasl.apis.drawing import choose_name, use_font
 from mmasl.apis.images import describe_read_error, list_images, unreadable_images
 from mmasl.apis.model_files import checkpoint_classes, inference_dataset, load_checkpoint
 from mmasl.errors import CheckpointError
@@ -89,7 +89,8 @@ def detect(cfg: Config,
                                 pred_class=[classes[i] for i in boxes.labels], pred_score=boxes.scores.tolist(),
                                 bboxes=boxes.bboxes.tolist()))
             if out_dir:
-                picture, = inferencer.visualize([image], [sample], return_vis=True, pred_score_thr=0.)
+                with use_font(classes):
+                    picture, = inferencer.visualize([image], [sample], return_vis=True, pred_score_thr=0.)
                 mmcv.imwrite(picture[..., ::-1], osp.join(out_dir, f'{choose_name(image, names)}.png'))
     if unreadable:
         raise unreadable_images(unreadable, records)

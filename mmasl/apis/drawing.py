@@ -1,12 +1,20 @@
 """Draws the predicted labels of an image."""
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from itertools import chain, count
 from pathlib import Path
+from string import ascii_letters, digits
 from urllib.parse import urlparse
 
 import numpy as np
+from matplotlib import font_manager, rc_context, rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from mmengine.logging import print_log
 from mmengine.structures import BaseDataElement
 
 from mmasl.apis.label_rule import LabelRule
@@ -27,6 +35,59 @@ def choose_name(image: str | None, taken: dict[str, str]) -> str:
     name = next(name for name in chain([stem], (f'{stem}_{i}' for i in count(1))) if taken.get(name, image) == image)
     taken[name] = image
     return name
+
+
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """Convert an image, as a loader gives it, for drawing.
+
+    Args:
+        image: (H, W) or (H, W, C) of grey, grey with alpha, BGR or BGR with alpha. Values above 255, of 16 bits, are
+            scaled by the maximum.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+    """
+    image = image.reshape(*image.shape[:2], -1)
+    image = image[..., 2::-1] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
+    most = image.max(initial=0)
+    return (image * (255 / most) if most > 255 else image).astype(np.uint8)
+
+
+@cache
+def find_font(texts: tuple[str, ...]) -> str | None:
+    """Find a font for texts that matplotlib's own font cannot draw, such as class names in Chinese.
+
+    Returns:
+        Name of an installed font that has all characters of the texts; None if the default font has them, or if no font
+        does. A warning then says what to install.
+    """
+    characters = {ord(x) for x in ''.join(texts) + ascii_letters + digits if x.isprintable()}
+
+    def lacks(path: str) -> set[int]:
+        try:
+            return characters - FT2Font(path).get_charmap().keys()
+        except (OSError, RuntimeError):  # FreeType cannot open it
+            return characters
+
+    if not (missing := lacks(font_manager.findfont(font_manager.FontProperties()))):
+        return None
+    fonts = {font.fname: font.name for font in font_manager.fontManager.ttflist}
+    if found := next((name for path, name in fonts.items() if not lacks(path)), None):
+        return found
+    print_log(f'No installed font has the characters {"".join(map(chr, sorted(missing)[:5]))} of the class names, so '
+              'they are drawn as boxes. Install one (Debian: fonts-noto-cjk), or set font.sans-serif in matplotlibrc',
+              'current', logging.WARNING)
+    return None
+
+
+@contextmanager
+def use_font(texts: Iterable[str]) -> Iterator[None]:
+    """Draw texts within this context in a font that has their characters, see :func:`find_font`."""
+    with rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from', UserWarning)  # find_font says it once
+        if font := find_font(tuple(map(str, texts))):
+            rcParams['font.sans-serif'] = [font, *rcParams['font.sans-serif']]
+        yield
 
 
 def draw_labels(image: np.ndarray, sample: BaseDataElement, classes: Sequence[str], rule: LabelRule) -> np.ndarray:

@@ -1,4 +1,5 @@
 """Lists the images that an inferencer gets, and describes those that cannot be read."""
+import logging
 import os.path as osp
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -8,10 +9,11 @@ from typing import Any
 import cv2
 import numpy as np
 from mmengine.fileio import get_file_backend, join_path
+from mmengine.logging import print_log
 
-from mmasl.errors import DataError, UnreadableImageError
-
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
+from mmasl.datasets.annotation_files import SUFFIXES
+from mmasl.datasets.validation import first_few
+from mmasl.errors import DataError, MMASLError, UnreadableImageError
 
 Image = str | PathLike | np.ndarray
 
@@ -23,7 +25,7 @@ def list_images(inputs: Image | Sequence[Image]) -> list[str | np.ndarray]:
         inputs: As in :class:`mmasl.apis.inferencer.MultiLabelInferencer`.
 
     Returns:
-        Paths, URLs and arrays (H, W, 3).
+        Paths, URLs and arrays (H, W), (H, W, 1) or (H, W, 3).
 
     Raises:
         DataError: A file does not exist, a folder or the list has no image, or an array is not an image.
@@ -39,9 +41,10 @@ def _expand(item: Image) -> Iterator[str | np.ndarray]:
     if isinstance(item, np.ndarray):
         images = item if item.ndim == 4 else [item]
         for image in images:
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-                raise DataError(f'an array of shape {item.shape} and {item.dtype} is not an image: give (H, W, 3) or '
-                                '(N, H, W, 3), uint8, BGR')
+            channels = image.shape[2] if image.ndim == 3 else 1
+            if image.ndim not in (2, 3) or channels not in (1, 3) or image.dtype != np.uint8 or not image.size:
+                raise DataError(f'an array of shape {item.shape} and {item.dtype} is not an image: give (H, W, 3), '
+                                'uint8, BGR, or (H, W) of grey, or (N, H, W, 3)')
             yield image
     elif not isinstance(item, (str, PathLike)):
         raise TypeError(f'{type(item).__name__} is not an image: give a path, a URL, an array, or a list of these')
@@ -55,11 +58,14 @@ def _expand(item: Image) -> Iterator[str | np.ndarray]:
         if not backend.isdir(path):
             yield path
             return
-        names = sorted(name for name in backend.list_dir_or_file(path, list_dir=False)
-                       if name.lower().endswith(SUFFIXES))
+        files = sorted(backend.list_dir_or_file(path, list_dir=False))
+        names = [name for name in files if name.lower().endswith(SUFFIXES)]
         if not names:
             raise DataError(f'the folder {path} has no image: files must end in {", ".join(SUFFIXES)}, and subfolders '
                             'are not searched')
+        if others := [name for name in files if name not in set(names)]:
+            print_log(f'{path}: {len(others)} files that do not end as images do are left out: {first_few(others)}',
+                      'current', logging.WARNING)
         for name in names:
             yield join_path(path, name)
 
@@ -68,7 +74,24 @@ def describe_read_error(error: Exception) -> str:
     """Describe an error of mmcv's LoadImageFromFile, which raises an assertion for a file that is not an image."""
     if isinstance(error, (AssertionError, cv2.error)):
         return 'the file is truncated or not an image'
-    return f'{type(error).__name__}: {error}'
+    return str(error) if isinstance(error, MMASLError) else f'{type(error).__name__}: {error}'
+
+
+def match_channels(image: np.ndarray, color_type: str) -> np.ndarray:
+    """Give an array the channels that a loader gives a file.
+
+    Args:
+        image: (H, W), (H, W, 1) or (H, W, 3) in BGR, uint8.
+        color_type: Of the loader, such as 'color', 'grayscale' or 'unchanged'.
+
+    Returns:
+        (H, W) for 'grayscale', (H, W, 3) for 'color'; the array itself for 'unchanged'.
+    """
+    if color_type.startswith('grayscale'):
+        return cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if image.shape[2:] == (3, ) else image.reshape(image.shape[:2])
+    if color_type.startswith('color') and image.shape[2:] != (3, ):
+        return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    return image
 
 
 def unreadable_images(reasons: dict[str, str], results: Any = None) -> UnreadableImageError:

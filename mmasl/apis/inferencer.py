@@ -19,10 +19,11 @@ from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mmasl.apis.drawing import choose_name, draw_labels
-from mmasl.apis.images import Image, describe_read_error, list_images, unreadable_images
+from mmasl.apis.drawing import as_rgb, choose_name, draw_labels, use_font
+from mmasl.apis.images import Image, describe_read_error, list_images, match_channels, unreadable_images
 from mmasl.apis.label_rule import LabelRule
 from mmasl.apis.model_files import checkpoint_classes, config_classes, inference_dataset, load_checkpoint
+from mmasl.datasets.validation import require_depth
 from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
 from mmasl.errors import CheckpointError, ConfigError, NonFiniteError
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
@@ -93,8 +94,9 @@ class MultiLabelInferencer(BaseInferencer):
         """Predict the labels of images.
 
         Args:
-            inputs: File, folder (its images by name, without subfolders), URL, array (H, W, 3) of uint8 in BGR, array
-                (N, H, W, 3), or a list of these.
+            inputs: File, folder (its images by name, without subfolders), URL, array (H, W, 3) of uint8 in BGR or
+                (H, W) of grey, array (N, H, W, 3), or a list of these. Arrays get the channels that the loader
+                gives files.
             return_datasamples: Whether to return data samples with the scores of all classes instead of dicts.
             batch_size: Images per batch. Images of different sizes after the pipeline are split further.
             thr: Thresholds in [0, 1]: a number, one per class, or a dict by class name. The head's ``thr`` is used for
@@ -253,7 +255,9 @@ class MultiLabelInferencer(BaseInferencer):
 
     def _load(self, image: str | np.ndarray) -> dict:
         if isinstance(image, str):
+            require_depth(self._loader, image)
             return self._loader(dict(img_path=image))
+        image = match_channels(image, self._loader.color_type)
         image = image.astype(np.float32) if self._loader.to_float32 else image
         return dict(img=image, img_path=None, img_shape=image.shape[:2], ori_shape=image.shape[:2])
 
@@ -283,11 +287,16 @@ class MultiLabelInferencer(BaseInferencer):
             return None
         if show and self.visualizer is None:
             self.visualizer = Visualizer()
+        with use_font(self.classes):
+            return self._draw(inputs, preds, show, wait_time, out_dir, return_vis)
+
+    def _draw(self, inputs: list[str | np.ndarray], preds: list[BaseDataElement], show: bool, wait_time: float,
+              out_dir: str | PathLike, return_vis: bool) -> list[np.ndarray] | None:
         pictures = []
         for sample in preds:
             source = inputs[sample.sample_idx]
             name = choose_name(source if isinstance(source, str) else None, self._pictures)
-            image = self._load(source)['img'][..., ::-1].astype(np.uint8)
+            image = as_rgb(self._load(source)['img'])
             picture = draw_labels(image, sample, self.classes, self.rule)
             if out_dir:
                 mmcv.imwrite(picture[..., ::-1], osp.join(out_dir, f'{name}.png'))

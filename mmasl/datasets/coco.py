@@ -8,7 +8,8 @@ from mmpretrain.datasets import MultiLabelDataset
 from mmasl.errors import ConfigError, DataError
 from mmasl.registry import DATASETS
 
-from .validation import read_coco_file, require_file, require_unique, warn_classes
+from .annotation_files import LABELS, read_coco_file, require_file, require_selected, use_class_names
+from .validation import warn_classes
 
 HINT = ('Download instances_*.json and the images from https://cocodataset.org/#download, or correct data_root, '
         'ann_file and data_prefix; configs/digits/ needs no download.')
@@ -20,7 +21,8 @@ class CocoMultiLabel(MultiLabelDataset):
 
     A sample has ``img_path``, ``img_id`` and ``gt_label`` (sorted list of int). Images without annotations are omitted,
     as in the multi-label literature: 82,081 and 40,137 images of the 2014 split remain. Class i is the i-th entry of
-    ``categories`` (80 for COCO). A warning names classes without images.
+    ``categories`` (80 for COCO), as text. A warning names classes without images. With ``test_mode``, the file may have
+    no ``annotations``, as ``image_info_test-dev2017.json``: its samples have no ``gt_label`` and can only be predicted.
 
     Args:
         ann_file: Annotation file, absolute or in ``data_root``.
@@ -40,7 +42,7 @@ class CocoMultiLabel(MultiLabelDataset):
         prefix = kwargs.get('data_prefix', '')
         if isinstance(prefix, dict) and 'img_path' not in prefix:
             raise ConfigError(f'data_prefix={prefix} names no image folder; set data_prefix=dict(img_path=...).')
-        super().__init__(ann_file, **kwargs)
+        super().__init__(ann_file, **use_class_names(kwargs))
 
     @property
     def metainfo(self) -> dict:
@@ -60,24 +62,26 @@ class CocoMultiLabel(MultiLabelDataset):
 
     def load_data_list(self) -> list[dict]:
         """Read the annotation file: one dict an image."""
-        # Labels need no decimals, and polygons contain millions. Dropping them by `{}.get` takes a third of the time.
-        content = read_coco_file(self.ann_file, dict(images=('id', 'file_name'), categories=('id', 'name')), HINT,
-                                 parse_float=dict[str, None]().get)
+        # Labels need no decimals, and polygons contain millions.
+        content = read_coco_file(self.ann_file, HINT, LABELS._replace(optional=self.test_mode), decimals=False)
+        classes = self._metainfo.get('classes')
+        require_selected(self.ann_file, content['categories'], classes)
         names = {category['id']: category['name'] for category in content['categories']}
-        require_unique(names.values(), f'{self.ann_file} lists category')
-        classes = self._metainfo['classes'] = tuple(self._metainfo.get('classes', names.values()))
-        require_unique(classes, 'classes has')
-        if unknown := sorted(set(classes) - set(names.values())):
+        classes = self._metainfo['classes'] = tuple(names.values()) if classes is None else classes
+        if unknown := [name for name in classes if name not in set(names.values())]:
             raise ConfigError(f'classes {unknown} are not in {self.ann_file}; choose from {list(names.values())}.')
+        if 'annotations' not in content:  # for predictions
+            data_list = [dict(img_path=join_path(self.img_prefix, image['file_name']), img_id=image['id'])
+                         for image in content['images']]
+            if not data_list:
+                raise DataError(f'{self.ann_file} lists no image.')
+            require_file(data_list[0]['img_path'], 'image', HINT)
+            return data_list
 
         index = {name: i for i, name in enumerate(classes)}
         label_of = {category_id: index.get(name) for category_id, name in names.items()}  # None: not selected
         labels: dict[Any, set[Any]] = {image['id']: set() for image in content['images']}
         for ann in content['annotations']:
-            for key, known in (('image_id', labels), ('category_id', label_of)):
-                if ann.get(key) not in known:
-                    raise DataError(f'Annotation {ann.get("id")} in {self.ann_file} has the unknown {key} '
-                                    f'{ann.get(key)}. {HINT}')
             labels[ann['image_id']].add(label_of[ann['category_id']])
         data_list = []
         for image in content['images']:

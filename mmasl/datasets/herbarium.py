@@ -9,7 +9,7 @@ from mmpretrain.datasets import BaseDataset
 from mmasl.errors import ConfigError, DataError
 from mmasl.registry import DATASETS
 
-from .validation import read_coco_file, require_file
+from .annotation_files import LABELS, read_coco_file, require_file
 
 SPLITS = ('train', 'val', 'all')
 HINT = ('Download nybg2020.zip from https://www.kaggle.com/c/herbarium-2020-fgvc7 and set data_root and ann_file to '
@@ -54,16 +54,15 @@ class Herbarium2020(BaseDataset):
 
     def load_data_list(self) -> list[dict]:
         """Read the JSON file: one dict an image."""
-        content = read_coco_file(self.ann_file, dict(images=('id', 'file_name'), categories=('id', 'name')), HINT)
+        content = read_coco_file(self.ann_file, HINT, LABELS._replace(utf8=False))
+        for entry in (*content['images'], *content['categories']):
+            if isinstance(entry['id'], str) or entry['id'] < 0 or entry['id'] % 1:
+                raise DataError(f'{self.ann_file} has the id {entry["id"]!r}; ids must be integers. {HINT}')
         categories = sorted(content['categories'], key=lambda category: category['id'])
         self._metainfo['classes'] = tuple(category['name'] for category in categories)
         index = {category['id']: i for i, category in enumerate(categories)}
         label_of = dict.fromkeys(image['id'] for image in content['images'])
         for ann in content['annotations']:
-            for key, known in (('image_id', label_of), ('category_id', index)):
-                if ann.get(key) not in known:
-                    raise DataError(f'Annotation {ann.get("id")} in {self.ann_file} has the unknown {key} '
-                                    f'{ann.get(key)}. {HINT}')
             if label_of[ann['image_id']] is not None:
                 raise DataError(f'{self.ann_file} annotates image id {ann["image_id"]} twice, the second time as '
                                 f'annotation {ann.get("id")}. Each image must have one category.')

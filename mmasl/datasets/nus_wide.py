@@ -11,7 +11,8 @@ from mmpretrain.datasets import MultiLabelDataset
 from mmasl.errors import ConfigError, DataError
 from mmasl.registry import DATASETS
 
-from .validation import require_file, require_unique, warn_classes
+from .annotation_files import require_file, require_unique, use_class_names
+from .validation import warn_classes
 
 CONCEPTS = (
     'airport', 'animal', 'beach', 'bear', 'birds', 'boats', 'book', 'bridge', 'buildings', 'cars', 'castle', 'cat',
@@ -54,11 +55,10 @@ class NUSWide(MultiLabelDataset):
     def __init__(self, ann_file: str, split: str, keep_empty: bool = False, **kwargs: Any) -> None:
         self.split = split
         self.keep_empty = keep_empty
-        super().__init__(ann_file, **kwargs)
+        super().__init__(ann_file, **use_class_names(kwargs))
 
     def load_data_list(self) -> list[dict]:
         """Read the CSV file: one dict an image."""
-        require_unique(self.CLASSES, 'classes has')
         rows = self._load_rows()
         require_unique([path for path, _, _ in rows], f'{self.ann_file} lists')
         splits = sorted({split for _, _, split in rows})

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from mmasl.errors import ConfigError, DataError
 from mmasl.registry import DATASETS
 
-from .validation import require_file, require_unique
+from .annotation_files import require_file, require_unique
 
 COLUMNS = ('ImageID', 'LabelName', 'Confidence')
 LINES = 2**18  # of a CSV file at a time

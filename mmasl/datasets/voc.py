@@ -1,5 +1,4 @@
 """Pascal VOC with a choice for objects marked as difficult."""
-import xml.etree.ElementTree as ET
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,15 @@ from mmpretrain.datasets import VOC
 from mmasl.errors import ConfigError, DataError
 from mmasl.registry import DATASETS
 
-from .validation import require_file, require_unique, warn_classes
+from .annotation_files import (
+    find_voc_images,
+    read_image_set,
+    read_voc_objects,
+    require_file,
+    require_unique,
+    use_class_names,
+)
+from .validation import warn_classes
 
 HINT = ('data_root must contain JPEGImages/, Annotations/ and ImageSets/Main/, as VOC2007 from '
         'http://host.robots.ox.ac.uk/pascal/VOC does; configs/digits/ needs no download.')
@@ -23,6 +30,8 @@ class VOCMultiLabel(VOC):
     ignored. MMPretrain's heads and metrics prefer ``gt_score`` to ``gt_label``. Set ``ignore_index=-1`` in the loss and
     in ``mmasl.MultiLabelMetric``, and do not use Mixup or CutMix with ignored labels.
 
+    Images may have other suffixes than .jpg. A missing or empty ``<difficult>`` counts as 0.
+
     Args:
         data_root: Folder ``VOC2007``, or one of the same layout.
         difficult: 'positive', 'negative' or 'ignore'. ML-GCN's published code trains with 'positive' and evaluates with
@@ -31,7 +40,7 @@ class VOCMultiLabel(VOC):
             ``metainfo=dict(classes=...)``; objects of other classes are then skipped with a warning.
 
     Raises:
-        ConfigError: ``difficult`` is unknown.
+        ConfigError: ``difficult`` or ``split`` is unknown, or ``classes`` is not a list of names.
         DataError: A part of the layout does not exist, an object has an unknown class while ``classes`` was not set, an
             annotation file is damaged, an image is repeated, or no image has a label.
     """
@@ -40,15 +49,23 @@ class VOCMultiLabel(VOC):
         if difficult not in ('positive', 'negative', 'ignore'):
             raise ConfigError(f"difficult={difficult!r} is unknown; set 'positive', 'negative' or 'ignore'.")
         self.difficult = difficult
-        super().__init__(data_root, **kwargs)
+        try:
+            super().__init__(data_root, **use_class_names(kwargs))
+        except AssertionError as error:  # of an unknown split, or of a missing data_prefix
+            raise ConfigError(f'{error}') from None
 
     def load_data_list(self) -> list[dict]:
         """Read the image set and its annotations: one dict an image."""
         require_file(self.image_set_path, 'list of images', HINT)
         self._other_names: set[str] = set()
-        data_list = super().load_data_list()
-        if not data_list:
+        names = read_image_set(self.image_set_path)
+        if not names:
             raise DataError(f'{self.image_set_path} lists no image.')
+        data_list: list[dict] = []
+        for name, file in zip(names, find_voc_images(self.img_prefix, names)):
+            labels = (None, None) if self.ann_prefix is None else self._get_labels_from_xml(name)
+            data_list.append(dict(img_path=self.backend.join_path(self.img_prefix, file), gt_label=labels[0],
+                                  gt_label_difficult=labels[1]))
         require_unique([info['img_path'] for info in data_list], f'{self.image_set_path} lists')
         require_file(data_list[0]['img_path'], 'image', HINT)
         if self.ann_prefix is None:
@@ -66,19 +83,11 @@ class VOCMultiLabel(VOC):
 
     def _get_labels_from_xml(self, img_id: str) -> tuple[list[int], list[int]]:
         path = self.backend.join_path(self.ann_prefix, f'{img_id}.xml')
-        require_file(path, 'annotation', HINT)
-        try:
-            root = ET.fromstring(self.backend.get(path))
-        except ET.ParseError as error:
-            raise DataError(f'{path} is not valid XML ({error}). Get it again.') from error
         index, plain, difficult = self.class_to_idx, set[int](), set[int]()
-        for obj in root.findall('object'):
-            name = obj.findtext('name', '')
-            mark = obj.findtext('difficult', '0').strip()
-            if mark not in ('0', '1'):
-                raise DataError(f'{path} has an object of class {name!r} with difficult={mark!r}; it must be 0 or 1.')
+        for written, hard, _ in read_voc_objects(path, HINT):
+            name = written if written in index else written.strip()
             if name in index:
-                (difficult if mark == '1' else plain).add(index[name])
+                (difficult if hard else plain).add(index[name])
             elif tuple(self.CLASSES) == tuple(VOC.METAINFO['classes']):
                 raise DataError(f'{path} has an object of class {name!r}, which is not a class of VOC. Set '
                                 'metainfo=dict(classes=[...]) for other data.')

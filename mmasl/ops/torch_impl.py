@@ -11,6 +11,7 @@ The terms with g+ and g- as factors are the gradient through the focusing weight
 import logging
 from collections.abc import Callable
 from functools import lru_cache
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import torch
@@ -259,12 +260,17 @@ def blocks(logits: Tensor) -> list[slice]:
 @torch.compiler.assume_constant_result
 @lru_cache
 def unavailable_reason() -> str:
-    """Why the formula cannot be compiled here; empty if it can."""
+    """Why the formula cannot be compiled here, also logged once; empty if it can."""
     try:
+        from torch._inductor.codecache import cache_dir
         from torch._inductor.cpp_builder import get_cpp_compiler
         get_cpp_compiler()
+        with TemporaryFile(dir=cache_dir()):  # a folder that cannot be written, or a user without a name
+            pass
     except Exception as error:  # its class differs between versions of torch
-        return f'torch.compile, or a C++ compiler for it, is missing ({error})'
+        reason = f'torch.compile, a C++ compiler or a cache folder for it, is missing ({error})'
+        logging.getLogger('mmasl').warning('Large losses on the CPU take longer than they could: %s', reason)
+        return reason
     return ''
 
 

@@ -8,8 +8,10 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import torch
 from mmengine.config import Config, DictAction
@@ -30,7 +32,8 @@ TEST_HOOKS = ('mmasl.CheckDataHook', 'mmasl.CheckFiniteHook', 'mmasl.CheckStateD
 def exit_on_user_error() -> Iterator[None]:
     """Exit with the message of an :class:`MMASLError` or of a full disk; other errors keep their traceback.
 
-    It is a context manager and a decorator.
+    MMEngine's errors about an unknown class or argument in a config are shown as messages too. It is a context manager
+    and a decorator.
 
     Raises:
         SystemExit: With the message.
@@ -45,6 +48,14 @@ def exit_on_user_error() -> Iterator[None]:
     except MMASLError as error:
         # A data loader's worker puts its traceback before the message.
         raise SystemExit(str(error).rsplit(f'{type(error).__name__}: ', 1)[-1].strip()) from None
+    except (KeyError, TypeError) as error:
+        words = str(error.args[0]) if error.args else ''
+        if re.search(r'__init__\(\) (got an unexpected keyword|missing \d+ required)', words):
+            raise SystemExit(f'{words}. Correct the arguments of this class in the config') from None
+        if re.search(r'^.+ is not in the \S+::.+ registry\.', words):
+            raise SystemExit(f'{words.split(" More details")[0]} Correct its type in the config, or import its module '
+                             'with custom_imports') from None
+        raise
     except OSError as error:
         if not is_full(error):
             raise
@@ -52,6 +63,9 @@ def exit_on_user_error() -> Iterator[None]:
         raise SystemExit(str(DiskFullError.describe(error, error.filename or 'A file of the run', folder))) from None
 
 
+# What MMEngine's Runner and the tools read at the top of a config.
+SETTINGS = (*inspect.signature(Runner).parameters, 'activation_checkpointing', 'compile', 'efficient_conv_bn_eval',
+            'find_unused_parameters', 'model_wrapper_cfg', 'runner_type', 'sync_bn', 'tta_model', 'tta_pipeline')
 SOURCES = {  # pattern in the path of a missing file: where to download it
     '(train|val)2017': 'COCO 2017: unpack train2017.zip, val2017.zip (http://images.cocodataset.org/zips/) and\n'
             '  annotations_trainval2017.zip (http://images.cocodataset.org/annotations/) in data/coco/.',
@@ -108,15 +122,69 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.amp:
         require_gpu('--amp')
     cfg = Config.fromfile(args.config)
-    try:
-        cfg.merge_from_dict(args.cfg_options)
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f'--cfg-options does not fit {args.config}: {error}. Check the keys and indices') from None
+    merge_options(cfg, args.cfg_options, args.config)
+    for name, value in cfg.items():
+        if name.endswith(('_dataloader', '_evaluator')):
+            _expand_user(value)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join(
         'work_dirs', osp.splitext(osp.basename(args.config))[0])
     return cfg
+
+
+def merge_options(cfg: Config, options: dict[str, Any], path: str) -> None:
+    """Merge ``--cfg-options`` into a config.
+
+    A new key is an error if it is no setting of MMEngine's Runner at the top, or nearly equals a key beside it below. A
+    new list is given by the numbers of its entries, as in ``custom_hooks.0.type=EMAHook``.
+
+    Args:
+        cfg: The config, changed in place.
+        options: Values by keys with dots.
+        path: File of the config, for the messages.
+
+    Raises:
+        ConfigError: A key is misspelt, or the options do not fit the config.
+    """
+    lists = set()
+    for option in options:
+        node: Any = cfg
+        parts = option.split('.')
+        for place, part in enumerate(parts):
+            if isinstance(node, (dict, Config)) and part not in node:
+                known = list(node) if place else [*SETTINGS, *node]
+                close = get_close_matches(part, known, 1, 0.85 if place else 0.7)
+                if close != [part] and (close if place else part not in known):
+                    hint = f'Did you mean {".".join([*parts[:place], *close])}?' if close else 'Check its spelling.'
+                    raise ConfigError(f'--cfg-options {option}: {path} has no {".".join(parts[:place + 1])}, and '
+                                      f'setting it would change nothing. {hint}')
+                lists |= {'.'.join(parts[:i]) for i in range(place + 1, len(parts)) if parts[i].isdecimal()}
+                break
+            try:
+                node = node[int(part) if isinstance(node, (list, tuple)) else part]
+            except (IndexError, KeyError, TypeError, ValueError):
+                break  # MMEngine's message follows
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f'--cfg-options does not fit {path}: {error}. Check the keys and indices') from None
+    for option in lists:
+        *parents, last = option.split('.')
+        node = cfg
+        for part in parents:
+            node = node[int(part) if isinstance(node, (list, tuple)) else part]
+        if isinstance(node[last], dict) and all(key.isdecimal() for key in node[last]):
+            node[last] = [node[last][key] for key in sorted(node[last], key=int)]
+
+
+def _expand_user(config: Any) -> None:
+    """Expand ``~`` in the paths of data sets and evaluators, which MMDetection does not."""
+    for value in config if isinstance(config, (list, tuple)) else config.values() if isinstance(config, dict) else ():
+        _expand_user(value)
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, str) and value.startswith('~/'):
+            config[key] = osp.expanduser(value)
 
 
 def is_classification(cfg: Config) -> bool:
@@ -135,16 +203,20 @@ def is_classification(cfg: Config) -> bool:
 
 
 def set_dataloader_defaults(cfg: Config, *splits: str) -> None:
-    """Set what MMPretrain's own tools set in dataloaders, unless the config does.
+    """Set what MMPretrain's own tools set in dataloaders, unless the config does; without workers, no worker settings.
 
     Detection keeps MMEngine's defaults, because its images differ in size and cannot be collated into one tensor.
+    PyTorch refuses ``persistent_workers`` and ``prefetch_factor`` with ``num_workers=0``.
 
     Args:
         cfg: The config, changed in place.
         splits: Of 'train', 'val' and 'test'.
     """
-    for loader in (cfg.get(f'{split}_dataloader') for split in splits if is_classification(cfg)):
-        if loader is not None:
+    for loader in filter(None, (cfg.get(f'{split}_dataloader') for split in splits)):
+        if loader.get('num_workers') == 0:
+            loader.pop('persistent_workers', None)
+            loader.pop('prefetch_factor', None)
+        if is_classification(cfg):
             loader.setdefault('collate_fn', dict(type='default_collate'))
             loader.setdefault('pin_memory', get_device() == 'cuda')
             loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
@@ -303,6 +375,31 @@ def build_runner(cfg: Config, hooks: Sequence[str | dict] = TEST_HOOKS) -> Runne
             find_unused_parameters=cfg.get('find_unused_parameters', False)))
     add_hooks(cfg, *hooks)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+@contextmanager
+def building_data(cfg: Config, enabled: bool = True) -> Iterator[None]:
+    """Turn any error of stock data sets, samplers and evaluators while they are built into a ConfigError.
+
+    Files that mmasl reads itself have messages of their own. An error of another class says at least what it is about.
+
+    Args:
+        cfg: The config.
+        enabled: False keeps the traceback, for those who develop a data set.
+
+    Raises:
+        ConfigError: The data cannot be built.
+    """
+    try:
+        yield
+    except (MMASLError, URLError):
+        raise
+    except Exception as error:
+        if not enabled:
+            raise
+        raise ConfigError(
+            f'The data of {cfg.filename or "the config"} cannot be built: {type(error).__name__}: {error}. Correct the '
+            'config or its files; --no-check-data shows the traceback') from error
 
 
 def load_test_checkpoint(runner: Runner) -> None:

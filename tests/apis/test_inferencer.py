@@ -8,6 +8,7 @@ import mmcv
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager, rcParams
 from mmengine.config import Config
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, DefaultScope
@@ -16,7 +17,8 @@ from torch.testing import assert_close
 
 from mmasl.apis import inferencer as module
 from mmasl.apis import model_files
-from mmasl.apis.drawing import draw_labels
+from mmasl.apis.drawing import as_rgb, draw_labels, find_font, use_font
+from mmasl.apis.images import match_channels
 from mmasl.apis.inferencer import MultiLabelInferencer
 from mmasl.apis.label_rule import LabelRule, parse_thresholds
 from mmasl.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UnreadableImageError
@@ -153,7 +155,7 @@ def test_the_pipeline_gets_arrays_as_its_loader_gives_them():
     (['images/red.png', 'none.png'], DataError, 'no such image or folder: none.png'),
     ('empty', DataError, r'the folder empty has no image: files must end in .jpg.*subfolders'),
     ([], DataError, 'the list of images is empty'),
-    (np.zeros((8, 8), np.uint8), DataError, r'shape \(8, 8\) and uint8 is not an image: give \(H, W, 3\)'),
+    (np.zeros(8, np.uint8), DataError, r'shape \(8,\) and uint8 is not an image: give \(H, W, 3\)'),
     (np.zeros((0, 8, 3), np.uint8), DataError, r'shape \(0, 8, 3\)'),
     (np.zeros((2, 8, 8, 4), np.uint8), DataError, r'shape \(2, 8, 8, 4\)'),
     (np.zeros((8, 8, 3)), DataError, 'and float64 is not an image'),
@@ -570,3 +572,51 @@ def test_pictures_are_shown_and_kept_only_when_asked(monkeypatch):
     inferencer('images/red.png', out_dir='drawn')
     written = mmcv.imread('drawn/red.png')[..., ::-1]
     assert_close(np.ascontiguousarray(written), shown[0][0], rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------- grey, depth, class names
+
+@pytest.mark.parametrize('shape', [(6, 4), (6, 4, 1), (6, 4, 3)], ids=str)
+@pytest.mark.parametrize('color_type, expected', [('grayscale', (6, 4)), ('color', (6, 4, 3))])
+def test_arrays_get_the_channels_of_the_loader(shape, color_type, expected):
+    image = np.full(shape, 7, np.uint8)
+    image[0, 0] = 200
+    found = match_channels(image, color_type)
+    assert found.shape == expected and found.reshape(6, 4, -1)[0, 0, 0] == 200 and found.reshape(6, 4, -1)[1, 1, 0] == 7
+
+
+@pytest.mark.parametrize('image, expected', [
+    (np.array([[1, 2]], np.uint8), [[[1] * 3, [2] * 3]]),
+    (np.array([[[1, 9], [2, 9]]], np.uint8), [[[1] * 3, [2] * 3]]),
+    (np.array([[[1, 2, 3]]], np.uint8), [[[3, 2, 1]]]), (np.array([[[1, 2, 3, 9]]], np.uint8), [[[3, 2, 1]]]),
+    (np.array([[0, 1000]], np.uint16), [[[0] * 3, [255] * 3]])], ids=['grey', 'alpha', 'BGR', 'BGRA', '16 bits'])
+def test_images_for_drawing(image, expected):
+    assert as_rgb(image).tolist() == expected and as_rgb(image).dtype == np.uint8
+
+
+def test_a_font_that_has_the_characters(tmp_path, monkeypatch):
+    from fontTools.ttLib import TTFont
+    path, characters = font_manager.findfont('DejaVu Sans'), (0x732b, 0x72ac)  # of two Chinese names
+    font = TTFont(path)
+    for table in font['cmap'].tables:
+        if table.isUnicode():
+            table.cmap.update(dict.fromkeys(characters, 'A'))
+    for record in font['name'].names:
+        record.string = 'Wide'
+    font.save(tmp_path / 'wide.ttf')
+    said = []
+    monkeypatch.setattr('mmasl.apis.drawing.print_log', lambda message, *_: said.append(message))
+    monkeypatch.setattr(font_manager.fontManager, 'ttflist', [
+        x for x in font_manager.fontManager.ttflist if 'DejaVu' in x.name])
+    names = tuple(map(chr, characters))
+    find_font.cache_clear()
+    assert find_font(('dog', 'caf\xe9')) is None and not said
+    assert find_font(names) is find_font(names) is None
+    assert len(said) == 1 and names[0] in said[0] and 'fonts-noto-cjk' in said[0]
+    find_font.cache_clear()
+    font_manager.fontManager.addfont(tmp_path / 'wide.ttf')
+    assert find_font(names) == 'Wide' and len(said) == 1
+    with use_font(names):
+        assert rcParams['font.sans-serif'][0] == 'Wide'
+    assert rcParams['font.sans-serif'][0] != 'Wide'
+    find_font.cache_clear()

@@ -209,7 +209,7 @@ def test_annotations_that_belong_nowhere(root, key, value, message):
      "instances.json lists image file '20.png' 2 times"),
     (lambda data: data['images'][3].pop('file_name'),
      "entry 3 of images, {'id': 50, .*, has no file_name. Download"),
-    (lambda data: data['categories'].append(dict(id=91, name='dog')), "instances.json lists category 'dog' 2 times"),
+    (lambda data: data['categories'].append(dict(id=91, name='dog')), "categories 18 and 91 are both named 'dog'"),
     (lambda data: data['categories'].append(dict(id=18, name='cat')), 'instances.json lists category id 18 2 times'),
     (lambda data: data['annotations'].clear(), 'None of the 4 images in .*instances.json has a label.*keep_empty=True'),
 ], ids=['image', 'file', 'no file', 'category', 'category id', 'nothing annotated'])

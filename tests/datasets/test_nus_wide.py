@@ -131,7 +131,7 @@ def test_damaged_files(root, text, message):
 def test_wrong_arguments(root):
     with pytest.raises(ConfigError, match=r"split='test' is not in .*nus_wid_data.csv; set one of \['train', 'val'\]"):
         load(root, 'test')
-    with pytest.raises(DataError, match="classes has 'sky' 2 times"):
+    with pytest.raises(ConfigError, match="classes has 'sky' 2 times"):
         load(root, classes=('sky', 'sun', 'sky'))
     with pytest.raises(DataError, match=r"No image .* of the 1 classes; the labels are \['clouds', 'person'"):
         load(root, classes=('Sky', ))

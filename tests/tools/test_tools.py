@@ -13,6 +13,7 @@ from urllib.error import URLError
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmasl.errors import ConfigError, DataError, DiskFullError, MMASLError, UnavailableError
@@ -114,6 +115,41 @@ def test_options_that_do_not_fit(capsys):
     assert '--cfg-options does not fit c.py' in refusal('train', '--cfg-options', 'param_scheduler.4.type=X')
     assert refusal('train', '--cfg-options', 'novalue') == 2
     assert 'must be KEY=VALUE' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('option, meant', [
+    ('train_cfgs.max_epochs=1', 'train_cfg'), ('optim_wraper.optimizer.lr=1', 'optim_wrapper'),
+    ('train_cfg.max_epoch=1', 'train_cfg.max_epochs'), ('custom_hook.0.type=EMAHook', 'custom_hooks'),
+    ('train_dataloader.dataset.data_rot=x', 'train_dataloader.dataset.data_root')])
+def test_options_that_would_change_nothing(option, meant):
+    assert refusal('train', '--cfg-options', option).endswith(f'would change nothing. Did you mean {meant}?')
+
+
+def test_options_that_add_settings():
+    cfg = configure('train', '--cfg-options', 'custom_hooks.0.type=EMAHook', 'custom_hooks.1.type=Other',
+                    'randomness.seed=1', 'model.test_cfg.score_thr=0', 'optim_wrapper.clip_grad.max_norm=1')
+    assert [hook.type for hook in cfg.custom_hooks] == ['EMAHook', 'Other']
+    assert (cfg.randomness.seed, cfg.model.test_cfg.score_thr, cfg.optim_wrapper.clip_grad.max_norm) == (1, 0, 1)
+    assert 'Check its spelling' in refusal('train', '--cfg-options', 'unheard.of=1')
+
+
+def test_no_workers_and_a_home_folder(monkeypatch, folder):
+    monkeypatch.setenv('HOME', str(folder))
+    cfg = configure('train', '--cfg-options', 'train_dataloader.persistent_workers=True',
+                    'train_dataloader.prefetch_factor=2', 'train_dataloader.num_workers=0',
+                    'val_dataloader.num_workers=1', 'val_dataloader.persistent_workers=True',
+                    'train_dataloader.dataset.data_root=~/data', 'val_evaluator.ann_file=~/data/val.json')
+    assert not {'persistent_workers', 'prefetch_factor'} & set(cfg.train_dataloader)
+    assert cfg.val_dataloader.persistent_workers
+    assert cfg.train_dataloader.dataset.data_root == f'{folder}/data'
+    assert cfg.val_evaluator.ann_file == f'{folder}/data/val.json'
+
+
+def test_mistakes_in_types_and_arguments_end_in_a_message():
+    for config, words in ((dict(type='TimerHook'), '^TimerHook is not in the .*Correct its type'),
+                          (dict(type='IterTimerHook', intervall=1), "'intervall'. Correct the arguments")):
+        with pytest.raises(SystemExit, match=words), cli.exit_on_user_error():
+            HOOKS.build(config)
 
 
 def test_no_validate_drops_validation():

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mmasl.datasets.validation import (
     check_same_classes,
     check_samples,
+    find_image_fault,
     first_few,
     iter_base_datasets,
     missing_image_hint,
@@ -37,6 +38,7 @@ from mmasl.utils.distributed import first_of_all_ranks
 from mmasl.utils.runner import built_loop, checkpoint_name
 
 LOSSES = (AsymmetricLoss, AsymmetricSoftmaxLoss)
+SAMPLES = 8  # images of each data set that are loaded before a run
 HEADS = re.compile(r'(^|\.)(head|bbox_head(\.\d+)?|data_preprocessor)$')
 
 
@@ -47,8 +49,11 @@ class CheckDataHook(Hook):
     Before the run, every data set of it is checked, and all ranks stop if one finds an error:
 
     - it makes a batch, its labels are among its classes, and no image file is missing (see :func:`check_samples`);
+    - some of its images have the size that the annotation file states, and their 16 bits are not clipped to 8; the
+      others are compared when they are loaded, with one warning per data set;
     - training and evaluation have the same classes in the same order;
-    - heads, and per-class parameters of mmasl's losses, have as many classes;
+    - heads, and per-class parameters of mmasl's losses, have as many classes, unless classes are texts that a language
+      model reads;
     - no two metrics report one name, and one reports that of ``save_best``, see
       :func:`mmasl.evaluation.name_checks.check_metric_names`.
 
@@ -124,12 +129,32 @@ class CheckDataHook(Hook):
                 classes[key] = names
             for inner in iter_base_datasets(dataset):
                 check_samples(inner, names and len(names), key, self._spare(split), self.max_samples)
+                self._sample_images(inner, key)
             if names and (evaluator := getattr(loop, 'evaluator', None)):
                 check_metric_names(evaluator.metrics, len(names), f'{split}_evaluator',
                                    save_best if split == 'val' else ())
-        check_same_classes(classes)
+        if not reads_text(model):
+            check_same_classes(classes)
         for key, names in classes.items():
             check_class_counts(model, names, key)
+
+    @staticmethod
+    def _sample_images(dataset: BaseDataset, key: str) -> None:
+        """Load some images before the run. Those that cannot be read are reported when they are needed."""
+        loaders = [x for x in getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
+                   if isinstance(x, LoadImageFromFile)]
+        faults, size = [], len(dataset)
+        for index in sorted({size * i // SAMPLES for i in range(SAMPLES)}) if loaders and size else ():
+            info = dataset.get_data_info(index)
+            try:
+                loaded = loaders[0](dict(info))
+            except Exception:
+                continue
+            if loaded and (fault := find_image_fault(loaders[0], info, loaded)):
+                faults.append(fault)
+        if faults:
+            print_log(f'{len(faults)} of {min(SAMPLES, size)} images of {key} that were tried have another size than '
+                      f'stated: {faults[0]}', 'current', logging.WARNING)
 
     def _spare(self, split: str) -> int:
         return self.skip_unreadable if split == 'train' else 0
@@ -144,10 +169,11 @@ class CheckDataHook(Hook):
                     continue
                 known = [skipped for other, skipped in self.skipped if other is dataset]
                 skipped = known[0] if known else torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+                warned = torch.zeros(1, dtype=torch.bool).share_memory_()
                 if split == 'train' and not known:
                     self.skipped.append((dataset, skipped))
                 pipeline.transforms = [
-                    GuardedLoader(x, self._spare(split), skipped, missing_image_hint(dataset))
+                    GuardedLoader(x, self._spare(split), skipped, missing_image_hint(dataset), warned)
                     if isinstance(x, LoadImageFromFile) else x for x in pipeline.transforms]
 
 
@@ -171,17 +197,20 @@ class GuardedLoader:
         limit: Number of files to skip. The loader returns None for them, and MMEngine draws another sample.
         skipped: Which samples have been skipped, bool (number of samples,), in memory shared by the workers.
         hint: What the user can do.
+        warned: Whether another size than stated was reported, bool (1,), in memory shared by the workers.
     """
 
-    def __init__(self, loader: LoadImageFromFile, limit: int, skipped: Tensor, hint: str) -> None:
+    def __init__(self, loader: LoadImageFromFile, limit: int, skipped: Tensor, hint: str, warned: Tensor) -> None:
         self.loader = loader
         self.limit = limit
         self.skipped = skipped
         self.hint = hint
+        self.warned = warned
 
     def __call__(self, results: dict) -> dict | None:
+        info = {key: results.get(key) for key in ('img_path', 'width', 'height')}
         try:
-            return self.loader(results)
+            loaded = self.loader(results)
         except Exception as error:
             path = results.get('img_path')
             message = f'the image {path} cannot be read: {_reason(path, error)}'
@@ -196,6 +225,10 @@ class GuardedLoader:
                     return None
                 message += f', nor {self.limit} others (skip_unreadable={self.limit})'
             raise UnreadableImageError(f'{message}. {self.hint}') from None
+        if loaded and (fault := find_image_fault(self.loader, info, loaded)) and not self.warned:
+            self.warned.fill_(True)
+            print_log(fault, 'current', logging.WARNING)
+        return loaded
 
     def __repr__(self) -> str:
         return repr(self.loader)
@@ -210,6 +243,11 @@ def _reason(path: str | None, error: Exception) -> str:
     return f'{type(error).__name__}: {error}'
 
 
+def reads_text(model: nn.Module) -> bool:
+    """Whether a detector finds what a text describes, as Grounding DINO and GLIP do. Its ``num_classes`` are slots."""
+    return any(path.split('.')[-1] == 'language_model' for path, _ in model.named_modules())
+
+
 def check_class_counts(model: nn.Module, classes: Sequence[str], key: str) -> None:
     """Raise if a head, or a per-class parameter of its loss, has another number of classes than the data set.
 
@@ -221,11 +259,13 @@ def check_class_counts(model: nn.Module, classes: Sequence[str], key: str) -> No
     Raises:
         ConfigError: The numbers differ.
     """
-    for path, module in model.named_modules():
+    for path, module in model.named_modules() if not reads_text(model) else ():
         losses = {child: loss for child, loss in module.named_children() if isinstance(loss, LOSSES)}
         count = getattr(module, 'num_classes', None)
         if not isinstance(count, int) or path.endswith('rpn_head') or not (losses or HEADS.search(path)):
             continue
+        if not losses and not path.endswith('data_preprocessor') and next(module.parameters(), None) is None:
+            continue  # nothing in it has a size by classes
         name = path.removeprefix('module.')  # of DDP
         if count != len(classes):
             raise ConfigError(f'model.{name} has num_classes={count}, and {key} has {len(classes)} classes, '

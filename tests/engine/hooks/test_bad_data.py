@@ -177,6 +177,39 @@ def boxes(content: dict) -> None:
     content['annotations'][3]['bbox'] = [4, float('inf'), 12, 12]
 
 
+def with_decimals(content: dict) -> None:
+    for ann in content['annotations']:
+        ann.update(image_id=float(ann['image_id']), category_id=float(ann['category_id']))
+
+
+def recode(path: str, encoding: str) -> None:
+    content = json.loads(Path(path).read_text())
+    content['categories'][0]['name'] = 'cat' if encoding == 'utf-8-sig' else '老虎'
+    Path(path).write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+
+
+def deep() -> None:
+    for i in range(6):
+        Image.fromarray(np.full((32, 32), 300 * i, np.uint16)).save(f'coco/images/{i}.png')
+    edit('coco/train.json', lambda x: [image.update(file_name=f'{image["id"]}.png') for image in x['images']])
+
+
+def loosely() -> None:
+    for i in range(4):
+        Image.open(f'voc/JPEGImages/{i}.jpg').save(f'voc/JPEGImages/{i}.png')
+        Path(f'voc/JPEGImages/{i}.jpg').unlink()
+    write('voc/ImageSets/Main/trainval.txt', '0\r\n1 \n\n2\n3\n\n')
+    edit('voc/Annotations/1.xml', lambda x: x.replace('<difficult>0</difficult>', '<difficult/>'))
+
+
+def turn() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(6):
+        Image.new('RGB', (40, 32)).save(f'coco/images/{i}.jpg', exif=exif.tobytes())
+    edit('coco/train.json', lambda x: [image.update(width=40) for image in x['images']])
+
+
 def without_labels(content: dict) -> None:
     del content['annotations'][4:]
 
@@ -232,6 +265,20 @@ FAULTS = {
     'COCO labels: images without label, `keep_empty`': (
         'coco', lambda: edit('coco/train.json', without_labels), "train_dataloader['dataset'].update(keep_empty=True)"),
     'COCO labels: no label at all': ('coco', lambda: edit('coco/train.json', lambda x: x.update(annotations=[])), ''),
+    'COCO labels: ids with decimals': ('coco', lambda: edit('coco/train.json', with_decimals), ''),
+    'COCO labels: id as text in the annotations alone': (
+        'coco', lambda: edit('coco/train.json', lambda x: x['annotations'][1].update(image_id='1')), ''),
+    'COCO labels: two categories of one name': (
+        'coco', lambda: edit('coco/train.json', lambda x: x['categories'][1].update(name='cat')), ''),
+    'COCO labels: names in GBK': ('coco', lambda: recode('coco/train.json', 'gbk'), ''),
+    'COCO labels: UTF-8 with a byte order mark': ('coco', lambda: recode('coco/train.json', 'utf-8-sig'), ''),
+    'COCO labels: one class without a comma': (
+        'coco', lambda: None, "train_dataloader['dataset'].update(metainfo=dict(classes=('cat')))"),
+    'COCO labels: list of classes with an empty line': (
+        'coco', lambda: write('classes.txt', 'cat\n\n'), "train_dataloader['dataset'].update(classes='classes.txt')"),
+    '16-bit image, read with Pillow': (
+        'coco', deep, "pipeline[0].update(imdecode_backend='pillow')"),
+    'VOC: .png images, empty lines, an empty `<difficult/>`': ('voc', loosely, ''),
     'VOC: annotation cut off': ('voc', lambda: cut('voc/Annotations/1.xml'), ''),
     'VOC: unknown class': ('voc', lambda: edit('voc/Annotations/1.xml', lambda x: x.replace('dog', 'elk')), ''),
     'VOC: image listed twice': ('voc', lambda: write('voc/ImageSets/Main/trainval.txt', '0\n1\n0\n'), ''),
@@ -259,6 +306,30 @@ FAULTS = {
         ''),
     "MMPretrain's data set: label out of range": (
         'mmpretrain', lambda: edit('mmpretrain/data.json', lambda x: x['data_list'][2].update(gt_label=[3])), ''),
+    "MMPretrain's data set: labels as 0 and 1": ('mmpretrain', lambda: edit('mmpretrain/data.json', lambda x: [
+        info.update(gt_label=[0, 1, 0]) for info in x['data_list']]), ''),
+    "MMPretrain's data set: label twice": (
+        'mmpretrain', lambda: edit('mmpretrain/data.json', lambda x: x['data_list'][2].update(gt_label=[2, 2])), ''),
+    'detection: no `area`': (
+        'detection', lambda: edit('coco/train.json', lambda x: x['annotations'][1].pop('area')), ''),
+    'detection: no `iscrowd`': (
+        'detection', lambda: edit('coco/train.json', lambda x: x['annotations'][1].pop('iscrowd')), ''),
+    'detection: no annotations to evaluate': (
+        'detection', lambda: [shutil.copy('coco/train.json', 'coco/all.json'), edit(
+            'coco/train.json', lambda x: x.pop('annotations'))],
+        "train_dataloader['dataset'].update(ann_file='all.json')"),
+    'detection: UTF-8 with a byte order mark': ('detection', lambda: recode('coco/train.json', 'utf-8-sig'), ''),
+    'detection: two categories of one name': (
+        'detection', lambda: edit('coco/train.json', lambda x: x['categories'][1].update(name='cat')), ''),
+    'detection: one class without a comma': (
+        'detection', lambda: None, "train_dataloader['dataset']['metainfo'].update(classes=('cat'))"),
+    'detection: boxes given as corners': ('detection', lambda: edit('coco/train.json', lambda x: [
+        ann.update(bbox=[15, 15, 30, 30]) for ann in x['annotations']]), ''),
+    'detection: image of another size than stated': (
+        'detection', lambda: edit('coco/train.json', lambda x: x['images'][1].update(width=40)), ''),
+    'detection: images turned by their EXIF orientation': ('detection', turn, ''),
+    'detection: no workers, but persistent ones': (
+        'detection', lambda: None, 'train_dataloader.update(num_workers=0, persistent_workers=True)'),
     'detection: file cut off': ('detection', lambda: cut('coco/train.json'), ''),
     'detection: unknown category': (
         'detection', lambda: edit('coco/train.json', lambda x: x['annotations'][1].update(category_id=7)), ''),
