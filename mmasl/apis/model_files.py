@@ -2,10 +2,10 @@
 from collections.abc import Sequence
 from os import PathLike
 
-import mmengine
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, MODELS
 
+from mmasl.datasets.annotation_files import read_class_names
 from mmasl.errors import ConfigError
 from mmasl.utils.checkpoint import convert_official, is_official, read_checkpoint
 from mmasl.utils.config import is_kind, iter_dataset_configs, resolve_type
@@ -39,7 +39,7 @@ def config_classes(cfg: Config) -> Sequence[str] | None:
     dataset = inference_dataset(cfg)
     names = (dataset.get('metainfo') or {}).get('classes') or dataset.get('classes')
     if isinstance(names, str):
-        return mmengine.list_from_file(names)
+        return read_class_names(names, 'test_dataloader.dataset.metainfo.classes', expand_user=True)
     kind = resolve_type(dataset.get('type'), DATASETS, cfg.get('default_scope'))
     return names or (getattr(kind, 'METAINFO', None) or {}).get('classes')
 
