@@ -77,11 +77,11 @@ def read_class_names(names: Any, where: str, expand_user: bool = False) -> Seque
         path, source = os.path.expanduser(names) if expand_user else names, f'{names} of {where}'
         try:
             found = list_from_file(path)
-        except (OSError, TypeError):
-            raise ConfigError(f'{where}={names!r} is a string, but no file has this name. Write [{names!r}] for one '
-                              'class, or the path of a text file with one name per line.') from None
         except UnicodeDecodeError as error:
             raise DataError(f'{source} is not UTF-8 ({error}). Save it as UTF-8.') from None
+        except (OSError, TypeError, ValueError):
+            raise ConfigError(f'{where}={names!r} is a string, but no file has this name. Write [{names!r}] for one '
+                              'class, or the path of a text file with one name per line.') from None
         if found and found[0].startswith('\ufeff'):
             raise DataError(f'{source} starts with a byte order mark, which would belong to the first name. Save it as '
                             'UTF-8 without a mark.')
