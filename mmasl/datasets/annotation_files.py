@@ -107,7 +107,9 @@ def use_class_names(kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs['classes'] = list(map(str, read_class_names(kwargs['classes'], 'classes', expand_user=True)))
     if metainfo is not None and not isinstance(metainfo, Mapping):
         raise ConfigError(f'metainfo={metainfo!r} is not a dict. Write metainfo=dict(classes=[...]).')
-    if metainfo and metainfo.get('classes') is not None:
+    if metainfo and 'classes' in metainfo and metainfo['classes'] is None:  # as if it were not set
+        kwargs['metainfo'] = {key: value for key, value in metainfo.items() if key != 'classes'}
+    elif metainfo and 'classes' in metainfo:
         names = read_class_names(metainfo['classes'], 'metainfo.classes')
         kwargs['metainfo'] = dict(metainfo, classes=tuple(map(str, names)))
     return kwargs

@@ -339,6 +339,9 @@ def check_evaluation_file(path: str, key: str) -> None:
     """
     hint = 'pycocotools would fail after the predictions: correct the file'
     content = read_coco_file(path, f'{hint}.', EVALUATION._replace(optional=True))
+    for group in ('images', 'categories'):
+        if len({isinstance(entry['id'], str) for entry in content[group]}) > 1:
+            raise DataError(f'{path} has numbers and texts as ids of {group}, which pycocotools cannot sort. {hint}.')
     if not content.get('annotations'):
         raise DataError(f'{path} of {key} has no annotations, so nothing can be evaluated. To only write predictions, '
                         "set format_only=True and outfile_prefix='FILE'.")

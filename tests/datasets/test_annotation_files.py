@@ -128,6 +128,13 @@ def test_what_evaluation_needs_and_prediction_does_not():
     for crowd in (0, False, 1):
         save(update(content, 'annotations', iscrowd=crowd))
         check_evaluation_file('a.json', 'val_evaluator')
+    for group, key in (('images', 'image_id'), ('categories', 'category_id')):
+        mixed = update(coco(), 'annotations', **{key: lambda value: str(value) if value in (2, 12) else value})
+        mixed[group][2]['id'] = str(mixed[group][2]['id'])
+        save(mixed)
+        check()
+        with pytest.raises(DataError, match=f'has numbers and texts as ids of {group}, which pycocotools cannot sort'):
+            check_evaluation_file('a.json', 'val_evaluator')
     del content['annotations']
     save(content)
     check(training=False)
@@ -239,6 +246,7 @@ def test_lists_reach_the_data_sets():
     assert read_class_names('classes.txt', 'x') == ['elk', '老虎']
     for how in (dict(classes='classes.txt'), dict(metainfo=dict(classes='classes.txt'))):
         assert labels(**how) == [[1], [0]]
+    assert labels(metainfo=dict(classes=None)) == labels(metainfo=None, classes=None) == [[0], [1], [2]]
     for how in (dict(classes='elk'), dict(metainfo=dict(classes='elk'))):
         with pytest.raises(ConfigError, match="classes='elk' is a string"):
             labels(**how)

@@ -265,6 +265,7 @@ def test_a_download_out_of_reach(broken, monkeypatch):
     unreachable = sys.modules['huggingface_hub.errors'].LocalEntryNotFoundError
 
     class Runner:
+        train_loop = val_loop = None
 
         def train(self):
             raise URLError('no route')
