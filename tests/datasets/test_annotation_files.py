@@ -4,6 +4,7 @@ Stock behaviour is the oracle: :func:`check_coco_file` accepts what MMDetection'
 counts what CocoDataset would drop or fail on.
 """
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -374,3 +375,17 @@ def test_scores_have_one_value_per_class():
     assert find_label_fault(dict(gt_label=[0], gt_score=[0, 1, 0]), 3) == ''
     assert 'gt_score of 2 values' in find_label_fault(dict(gt_score=[0, 1]), 3)
     assert 'within 0 ... 0. A vector of 0 and 1' in find_label_fault(dict(gt_label=[1]), 1)
+
+
+# ------------------------------------------------------------------------------------------------------- random damage
+
+@pytest.mark.slow
+def test_random_damage_is_refused_or_read_rightly(tmp_path, monkeypatch):
+    import fuzz_annotation_files as fuzz
+    (tmp_path / 'fuzz').mkdir()
+    monkeypatch.chdir(tmp_path / 'fuzz')
+    fuzz.prepare()
+    fuzz.quiet()
+    found = Counter(fuzz.run(number) for number in range(200))
+    assert {kind for kind, _ in found} == set(fuzz.FUZZERS)
+    assert found['coco', 'labels read, boxes read and evaluated'] and found['voc', 'labels read, boxes read']

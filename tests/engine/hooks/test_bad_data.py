@@ -629,6 +629,16 @@ def test_class_counts_look_at_heads_and_their_losses():
         check_class_counts(model, NAMES, 'data')
 
 
+def test_text_slots_are_no_classes():
+    model = nn.Module()
+    model.bbox_head = nn.Linear(2, 2)
+    model.bbox_head.num_classes = 256
+    with pytest.raises(ConfigError, match='model.bbox_head has num_classes=256'):
+        check_class_counts(model, NAMES, 'data')
+    model.language_model = nn.Identity()
+    check_class_counts(model, NAMES, 'data')
+
+
 def test_same_classes():
     check_same_classes({})
     check_same_classes(dict(train=NAMES, val=tuple(NAMES)))
