@@ -570,7 +570,7 @@ def test_classifier_trains_resumes_and_tests(classifier):
 def test_detector_trains_resumes_and_tests(detector):
     main('train', 'tiny.py', '--work-dir', 'w', '--auto-scale-lr', *detector, 'train_cfg.max_epochs=1')
     assert scalars('w', 'lr')[0] == pytest.approx(0.01 / 3 * 2 / 16)
-    main('train', 'tiny.py', '--work-dir', 'w', '--resume', '--no-validate', *detector)
+    main('train', 'tiny.py', '--work-dir', 'w', '--resume', '--auto-scale-lr', '--no-validate', *detector)
     assert any('resumed epoch: 1, iter: 4' in log.read_text() for log in Path('w').glob('*/*.log'))
     assert scalars('w', 'epoch')[-1] == 2 and len(scalars('w', 'coco/bbox_mAP')) == 1
 
