@@ -127,7 +127,7 @@ def test_parts_build(name):
     hooks = [hook.type for hook in cfg.get('custom_hooks') or [] if hook.type in GAP_HOOKS]
     assert len(hooks) == isinstance(loss, AsymmetricLoss), 'a training with the loss logs the probability gap'
     if expected:
-        found = [getattr(loss, key).item() for key in ('gamma_pos', 'gamma_neg', 'clip')] + [loss.alpha]
+        found = [x if x is None else x.item() for x in (loss.gamma_pos, loss.gamma_neg, loss.clip, loss.alpha)]
         assert found == pytest.approx(expected)
         assert 'detach_focusing' in written and written['use_sigmoid'] is True
         # The official script sums the loss and takes the focusing weight as constant.

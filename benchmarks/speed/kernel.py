@@ -34,12 +34,13 @@ def compile_kernel(dtype: str, labels: bool, soft: bool, sums: bool) -> tuple[st
     block_c = triton_impl._class_block(80, 1)
     constants = dict(
         HAS_LABELS=labels, MAY_BE_SOFT=soft, PER_CLASS_POS=False, PER_CLASS_NEG=False, PER_CLASS_CLIP=False,
-        DETACH=False, LOSS=triton_impl.MODES['sum'], BLOCK_R=ELEMENTS // block_c, BLOCK_C=block_c,
-        quality_ptr=None, weight_ptr=None, upstream_ptr=None, ignore_index=None, stride_class=1, target_outer=0,
-        target_class=0 if labels else 1,
+        PER_CLASS_ALPHA=False, PER_CLASS_WEIGHT=False, PER_CLASS_POS_WEIGHT=False, DETACH=False,
+        LOSS=triton_impl.MODES['sum'], BLOCK_R=ELEMENTS // block_c, BLOCK_C=block_c,
+        quality_ptr=None, weight_ptr=None, alpha_ptr=None, class_weight_ptr=None, pos_weight_ptr=None,
+        upstream_ptr=None, ignore_index=None, stride_class=1, target_outer=0, target_class=0 if labels else 1,
         **{f'{name}_{axis}': 0 for name in ('weight', 'upstream') for axis in ('outer', 'row', 'class')})
     constants |= {} if sums else dict(sums_ptr=None)
-    types = dict(z_ptr='*' + dtype, grad_ptr='*' + dtype, alpha_pos='fp32', alpha_neg='fp32',
+    types = dict(z_ptr='*' + dtype, grad_ptr='*' + dtype,
                  target_ptr='*i64' if labels else '*fp32' if soft else '*u8')
     names = [parameter.name for parameter in triton_impl._kernel.params]
     signature = {name: types.get(name, '*fp32' if name.endswith('_ptr') else 'i32') for name in names}

@@ -190,10 +190,12 @@ def _histogram(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def _group_by_setting(settings: Mapping[str, Any] | None, classes: int) -> dict[Setting, np.ndarray]:
     """The classes of each setting, bool (C,).
 
-    Parameters per class are rounded to two decimals to limit the number of settings. This moves p* by less than 0.01.
+    Weights of labels are left out: they move neither p* nor the gradient relative to its peak. Parameters per class are
+    rounded to two decimals to limit the number of settings. This moves p* by less than 0.01.
     """
     if settings is None:
         return {}
+    settings = {name: value for name, value in settings.items() if name not in ('alpha', 'pos_weight')}
     values = {name: value.double().numpy() for name, value in settings.items() if isinstance(value, torch.Tensor)}
     plain = {name: value for name, value in settings.items() if name not in values}
     rounded = [np.broadcast_to(value.round(2 if value.ndim else 6), classes) for value in values.values()]

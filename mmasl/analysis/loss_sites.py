@@ -66,8 +66,8 @@ class LossSite:
         positives: Number of positive entries.
         negatives: Number of negative entries.
         own: Gradient of the module itself; None if it does not return one value per entry.
-        settings: Gradient of :class:`mmasl.AsymmetricLoss` by setting. Its alpha, detach_focusing, loss_weight and
-            treatment of unannotated labels are those of the module.
+        settings: Gradient of :class:`mmasl.AsymmetricLoss` by setting. Its weights of labels, detach_focusing,
+            loss_weight and treatment of unannotated labels are those of the module.
         divisor: Largest ``avg_factor`` of the calls; None without one.
         form: 'dense', 'labels' or 'pair', see :func:`mmasl.ops.asymmetric_loss`; None before the first call.
         channels: Size of the last axis of the logits.
@@ -95,9 +95,10 @@ class LossSite:
 
     @property
     def alpha(self) -> float | None:
-        """``alpha`` of an asymmetric or focal loss."""
-        return getattr(self.module, 'alpha', None) if type(self.module).__name__ in (
+        """``alpha`` of an asymmetric or focal loss; the mean of one per class."""
+        alpha = getattr(self.module, 'alpha', None) if type(self.module).__name__ in (
             'AsymmetricLoss', 'FocalLoss') else None
+        return round(alpha.mean().item(), 6) if isinstance(alpha, Tensor) else alpha
 
     @property
     def weight_unannotated(self) -> float:
@@ -151,8 +152,10 @@ class LossSite:
     def _gradient(self, z: Tensor, y: Tensor, weight: Tensor | None, setting: Setting) -> Tensor:
         kept: Any = {key: getattr(self.module, key) for key in (
             'detach_focusing', 'loss_weight', 'weight_unannotated', 'gamma_unannotated') if hasattr(self.module, key)}
+        weights = {key: getattr(self.module, key) for key in ('alpha', 'class_weight', 'pos_weight')} if isinstance(
+            self.module, AsymmetricLoss) else dict(alpha=self.alpha)
         loss = AsymmetricLoss(gamma_pos=setting.gamma_pos, gamma_neg=setting.gamma_neg, clip=setting.clip,
-                              alpha=self.alpha, reduction='sum', ignore_index=-1, **kept)
+                              reduction='sum', ignore_index=-1, **weights, **kept)
         with torch.enable_grad():
             z = z.clone().requires_grad_()
             return torch.autograd.grad(loss.to(z.device)(z, y, weight), z)[0]

@@ -74,7 +74,7 @@ def suggest(stats: LabelStatistics, site: LossSite | None) -> Suggestion:
 def write_config(cfg: Config, base: str, site: LossSite, suggestion: Suggestion) -> str:
     """Write a config that inherits from ``base`` and has the suggested loss.
 
-    Other settings of the replaced loss are kept: its weight and reduction, probabilities as input, and the treatment
+    Other settings of the replaced loss are kept: its weights and reduction, probabilities as input, and the treatment
     of labels without annotation.
 
     Args:
@@ -91,8 +91,9 @@ def write_config(cfg: Config, base: str, site: LossSite, suggestion: Suggestion)
         loss['alpha'] = setting.alpha
     loss |= {key: old[key] for key in ('activated', 'loss_weight') if key in old}
     if type_name(old.get('type')) == 'AsymmetricLoss':
-        loss |= {key: old[key] for key in ('detach_focusing', 'reduction', 'ignore_index', 'weight_unannotated',
-                                           'gamma_unannotated') if key in old}
+        loss |= {key: old[key] for key in ('class_weight', 'pos_weight', 'detach_focusing', 'reduction', 'ignore_index',
+                                           'weight_unannotated', 'gamma_unannotated') if key in old}
+        loss |= {key: old[key] for key in ('alpha', ) if key in loss and key in old}
     imports = list((cfg.get('custom_imports') or {}).get('imports', []))
     imports += [] if 'mmasl' in imports else ['mmasl']
     if any(key.isdigit() for key in place):

@@ -1,8 +1,9 @@
 """The asymmetric losses as differentiable functions: arguments, checks, autograd, choice of an implementation."""
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -18,7 +19,7 @@ except ImportError as error:
     triton_impl = None  # type: ignore[assignment]
     _no_triton = 'Triton is not installed' if error.name == 'triton' else str(error)
 
-Parameter = float | Tensor
+Parameter = float | Tensor | Sequence[float]
 REDUCTIONS = ('none', 'sum')
 IMPLEMENTATIONS = ('triton', 'inductor', 'eager')
 _asked: dict[str, str | None] = {'implementation': None}  # by use_implementation
@@ -112,7 +113,9 @@ def asymmetric_loss(logits: Tensor,
                     gamma_pos: Parameter = 0.,
                     gamma_neg: Parameter = 4.,
                     clip: Parameter = 0.05,
-                    alpha: float | None = None,
+                    alpha: Parameter | None = None,
+                    class_weight: Parameter | None = None,
+                    pos_weight: Parameter | None = None,
                     detach_focusing: bool = False,
                     ignore_index: int | None = None,
                     weight: Tensor | None = None,
@@ -135,14 +138,17 @@ def asymmetric_loss(logits: Tensor,
             - labels, integers of shape ``logits.shape[:-1]``: the positive class of each row, or C for none
                 (background).
             - a pair (labels, quality): labels as above, and the soft label, in [0, 1], of the labelled class.
-        gamma_pos: Focusing parameter g+ >= 0 of positives: a number, or a tensor of shape () or (C,).
+        gamma_pos: Focusing parameter g+ >= 0 of positives: a number, or one per class, (C,).
         gamma_neg: Focusing parameter g- >= 0 of negatives, likewise.
         clip: Probability margin m in [0, 1), likewise.
-        alpha: Weight of positives in [0, 1]; negatives get 1 - alpha. None for no weights.
+        alpha: Weight of positives in [0, 1], likewise; negatives get 1 - alpha. None for no weights.
+        class_weight: Factor >= 0 of all labels of a class, likewise. None for 1.
+        pos_weight: Further factor >= 0 of positives, likewise. None for 1.
         detach_focusing: Hold the focusing weights constant in the gradient, as the official training script does,
             instead of Eq. 8. The value is the same.
         ignore_index: Target value (or label) whose elements (or rows) have no loss and no gradient.
-        weight: Factor of loss and gradient, in a shape that broadcasts to that of ``logits``.
+        weight: Factor of loss and gradient, of as many dimensions as ``logits`` and a shape that broadcasts to
+            theirs: (N, 1) for one per row. For one per class use ``class_weight``.
         scale: Factor of the result, a number or a tensor of shape (). A factor of the result afterwards would cost one
             more pass over the gradient.
         reduction: 'none' or 'sum'. The order of summation is fixed, so results are deterministic.
@@ -165,36 +171,44 @@ def asymmetric_loss(logits: Tensor,
     if reduction not in REDUCTIONS:
         raise ConfigError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
     target, quality = target if isinstance(target, (tuple, list)) else (target, None)
-    for x in (gamma_pos, gamma_neg, clip, weight, scale):
+    for x in (gamma_pos, gamma_neg, clip, alpha, class_weight, pos_weight, weight, scale):
         if isinstance(x, Tensor) and x.requires_grad:
-            raise ConfigError('gamma_pos, gamma_neg, clip, weight and scale get no gradient: detach them')
+            raise ConfigError('parameters, weights and scale of the loss get no gradient: detach them')
     if quality is not None or target.shape != logits.shape:
         _check_labels(target, quality, logits)
-    if weight is not None and (weight.dim() > logits.dim() or any(
-            size not in (1, wanted) for size, wanted in zip(weight.shape[::-1], logits.shape[::-1]))):
-        raise DataError(f'weight of shape {tuple(weight.shape)} does not broadcast to logits of shape '
-                        f'{tuple(logits.shape)}')
+    if weight is not None and (weight.dim() != logits.dim() or any(
+            size not in (1, wanted) for size, wanted in zip(weight.shape, logits.shape))):
+        raise DataError(f'weight of shape {tuple(weight.shape)} does not fit logits of shape {tuple(logits.shape)}: '
+                        'give one per element, or (..., 1) for one per row. class_weight has one per class')
     if isinstance(scale, Tensor) and scale.dim():
         raise DataError(f'scale of shape {tuple(scale.shape)} must be a number, or a tensor of shape ()')
     loss, _, sums = _asymmetric_loss(
         logits, target, None if quality is None else quality.detach(), weight,
         as_parameter(gamma_pos, logits, 'gamma_pos'), as_parameter(gamma_neg, logits, 'gamma_neg'),
-        as_parameter(clip, logits, 'clip'),
-        None if not isinstance(scale, Tensor) and scale == 1 else as_parameter(scale, logits, 'scale'), alpha,
+        as_parameter(clip, logits, 'clip'), as_optional(alpha, logits, 'alpha'),
+        as_optional(class_weight, logits, 'class_weight'), as_optional(pos_weight, logits, 'pos_weight'),
+        None if not isinstance(scale, Tensor) and scale == 1 else as_parameter(scale, logits, 'scale'),
         detach_focusing, ignore_index, reduction, 'eager' if torch_impl.transformed() else pick_implementation(logits),
         torch.is_grad_enabled() and logits.requires_grad, return_sums)
     return (loss, sums) if return_sums else loss
 
 
 def as_parameter(value: Parameter, logits: Tensor, name: str) -> Tensor:
-    """A parameter as a tensor of the dtype of the arithmetic, without a copy from the host."""
+    """A parameter as a tensor of the dtype of the arithmetic; a number is not copied from the host."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
-        return torch.full((), value, dtype=dtype, device=logits.device)
+        if not isinstance(value, (Sequence, np.ndarray)):
+            return torch.full((), value, dtype=dtype, device=logits.device)
+        value = torch.as_tensor(value, dtype=dtype)
     if value.dim() > 1 or (value.dim() == 1 and (not logits.dim() or len(value) != logits.shape[-1])):
         raise DataError(f'{name} of shape {tuple(value.shape)} does not fit logits of shape {tuple(logits.shape)}: '
                         'give a number or one value per class')
     return value.to(logits.device, dtype)
+
+
+def as_optional(value: Parameter | None, logits: Tensor, name: str) -> Tensor | None:
+    """As :func:`as_parameter`; None stays None."""
+    return None if value is None else as_parameter(value, logits, name)
 
 
 def _check_labels(labels: Tensor, quality: Tensor | None, logits: Tensor) -> None:
@@ -222,12 +236,12 @@ def _keeps_gradient(logits: Tensor, reduction: str) -> bool:
 
 
 def _forward(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor | None, gamma_pos: Tensor,
-             gamma_neg: Tensor, clip: Tensor, scale: Tensor | None, alpha: float | None, detach_focusing: bool,
-             ignore_index: int | None, reduction: str, implementation: str, need_grad: bool,
-             need_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
+             gamma_neg: Tensor, clip: Tensor, alpha: Tensor | None, class_weight: Tensor | None,
+             pos_weight: Tensor | None, scale: Tensor | None, detach_focusing: bool, ignore_index: int | None,
+             reduction: str, implementation: str, need_grad: bool, need_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, its gradient if it is to be kept, and the probability sums; empty tensors for what is not needed."""
-    problem = Problem(logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing,
-                      ignore_index, reduction)
+    problem = Problem(logits, target, quality, weight, gamma_pos, gamma_neg, clip, alpha, class_weight, pos_weight,
+                      scale, detach_focusing, ignore_index, reduction)
     results = _run(implementation, problem, True, need_grad and _keeps_gradient(logits, reduction), need_sums)
     loss, grad, sums = (logits.new_empty(0) if x is None else x for x in results)
     return loss, grad, sums
@@ -237,28 +251,29 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     _, grad, sums = output
     ctx.mark_non_differentiable(grad, sums)
     ctx.set_materialize_grads(False)
-    tensors, ctx.settings, ctx.implementation = inputs[:8], inputs[8:12], inputs[12]
-    ctx.kept = _keeps_gradient(inputs[0], inputs[11])
+    tensors, ctx.settings, ctx.implementation = inputs[:11], inputs[11:14], inputs[14]
+    ctx.kept = _keeps_gradient(inputs[0], inputs[13])
     ctx.save_for_backward(*([grad] if ctx.kept else tensors))
 
 
 @once_differentiable
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None, ) * 15
+        return (None, ) * 17
     if ctx.kept:
-        return scale_gradient(ctx.saved_tensors[0], upstream), *(None, ) * 14
+        return scale_gradient(ctx.saved_tensors[0], upstream), *(None, ) * 16
     arguments = *ctx.saved_tensors, *ctx.settings, ctx.implementation
     traced = torch.compiler.is_compiling() or type(upstream) is not Tensor
-    return (torch.ops.mmasl.asymmetric_loss_backward if traced else _gradient)(upstream, *arguments), *(None, ) * 14
+    return (torch.ops.mmasl.asymmetric_loss_backward if traced else _gradient)(upstream, *arguments), *(None, ) * 16
 
 
 def _gradient(upstream: Tensor, logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor | None,
-              gamma_pos: Tensor, gamma_neg: Tensor, clip: Tensor, scale: Tensor | None, alpha: float | None,
-              detach_focusing: bool, ignore_index: int | None, reduction: str, implementation: str) -> Tensor:
+              gamma_pos: Tensor, gamma_neg: Tensor, clip: Tensor, alpha: Tensor | None, class_weight: Tensor | None,
+              pos_weight: Tensor | None, scale: Tensor | None, detach_focusing: bool, ignore_index: int | None,
+              reduction: str, implementation: str) -> Tensor:
     """Gradient by the logits times ``upstream``, before it is rounded to the logits' dtype."""
-    problem = Problem(logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing,
-                      ignore_index, reduction)
+    problem = Problem(logits, target, quality, weight, gamma_pos, gamma_neg, clip, alpha, class_weight, pos_weight,
+                      scale, detach_focusing, ignore_index, reduction)
     grad = _run(implementation, problem, False, True, False, upstream)[1]
     assert grad is not None
     return grad
@@ -303,14 +318,16 @@ def asymmetric_softmax_loss(logits: Tensor,
                             *,
                             gamma_pos: float = 0.,
                             gamma_neg: float = 4.,
+                            class_weight: Parameter | None = None,
                             smoothing: float = 0.1,
                             ignore_index: int | None = None) -> Tensor:
     """Softmax cross-entropy with label smoothing s, focused unequally on the label y and the other classes.
 
     With p = softmax(z) over C classes, as ``ASLSingleLabel`` of the official code has it, which smooths after focusing:
 
-        L = -(1 - s + s / C) (1 - p_y)^g+ log p_y - (s / C) sum over c != y of p_c^g- log p_c
+        L = -w_y (1 - s + s / C) (1 - p_y)^g+ log p_y - (s / C) sum over c != y of w_c p_c^g- log p_c
 
+    The class weights w are a factor of each class's term, as in ``torch.nn.functional.cross_entropy``.
     For s = 0 ``gamma_neg`` has no effect, and with g+ = 0 the loss is cross-entropy. For g+ = g- = 0 it is
     cross-entropy with label smoothing. For g- > 0 the smoothing lowers p_c where p_c < exp(-1 / g-), 0.78 for g- = 4,
     since the gradient passes through the focusing weights. :func:`asymmetric_loss` differs: there classes do not
@@ -321,6 +338,7 @@ def asymmetric_softmax_loss(logits: Tensor,
         labels: (...), integers in [0, C - 1].
         gamma_pos: Focusing parameter g+ >= 0 of the label.
         gamma_neg: Focusing parameter g- >= 0 of the other classes.
+        class_weight: Weight w >= 0 of each class, (C,), or a number; None for 1.
         smoothing: Share s in [0, 1) of the target that is spread evenly over all classes.
         ignore_index: Label of samples that have no loss and no gradient.
 
@@ -344,16 +362,20 @@ def asymmetric_softmax_loss(logits: Tensor,
         raise DataError(f'logits of shape {tuple(logits.shape)} have {logits.shape[-1]} class: a softmax needs two or '
                         'more. Use mmasl.AsymmetricLoss for a single logit')
     compile = logits.device.type == 'cpu' and pick_implementation(logits) == 'inductor'
-    return _asymmetric_softmax_loss(logits, labels, float(gamma_pos), float(gamma_neg), float(smoothing), ignore_index,
+    if isinstance(class_weight, Tensor) and class_weight.requires_grad:
+        raise ConfigError('class_weight gets no gradient: detach it')
+    return _asymmetric_softmax_loss(logits, labels, float(gamma_pos), float(gamma_neg),
+                                    as_optional(class_weight, logits, 'class_weight'), float(smoothing), ignore_index,
                                     compile, torch.is_grad_enabled() and logits.requires_grad)[0]
 
 
-def _softmax_forward(logits: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
-                     ignore_index: int | None, compile: bool, need_grad: bool) -> tuple[Tensor, Tensor]:
+def _softmax_forward(logits: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, class_weight: Tensor | None,
+                     smoothing: float, ignore_index: int | None, compile: bool,
+                     need_grad: bool) -> tuple[Tensor, Tensor]:
     """Loss of each sample, and the gradient of their sum or an empty tensor."""
     loss, grad = torch_impl.run_softmax(
-        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), gamma_pos, gamma_neg, smoothing, ignore_index,
-        need_grad, _kept_dtype(logits), compile)
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), gamma_pos, gamma_neg, class_weight, smoothing,
+        ignore_index, need_grad, _kept_dtype(logits), compile)
     return loss.reshape(labels.shape), logits.new_empty(0) if grad is None else grad.reshape(logits.shape)
 
 
@@ -373,7 +395,7 @@ def _softmax_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor
 def _softmax_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     grad = None if upstream is None else torch_impl.saturate(
         scale_gradient(ctx.saved_tensors[0], upstream.unsqueeze(-1)), ctx.dtype)
-    return grad, *(None, ) * 7
+    return grad, *(None, ) * 8
 
 
 _asymmetric_softmax_loss = _Differentiable('asymmetric_softmax_loss', _softmax_forward, _softmax_setup_context,

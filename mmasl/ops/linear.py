@@ -5,16 +5,17 @@ and
 the products with it, and is freed: no tensor of N rows and C columns exists. The forward pass makes all gradients; the
 backward pass scales them.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmasl.errors import ConfigError, DataError
-from mmasl.ops.functional import Parameter, _forward, as_parameter, pick_implementation, scale_gradient
+from mmasl.ops.functional import Parameter, _forward, as_optional, pick_implementation, scale_gradient
 
 UNKNOWN = -2  # row or class of a sparse target that is out of range
 
@@ -28,7 +29,9 @@ def linear_asymmetric_loss(features: Tensor,
                            gamma_pos: Parameter = 0.,
                            gamma_neg: Parameter = 4.,
                            clip: Parameter = 0.05,
-                           alpha: float | None = None,
+                           alpha: Parameter | None = None,
+                           class_weight: Parameter | None = None,
+                           pos_weight: Parameter | None = None,
                            detach_focusing: bool = False,
                            ignore_index: int | None = None,
                            scale: Parameter = 1.,
@@ -52,8 +55,9 @@ def linear_asymmetric_loss(features: Tensor,
         target: (N, C), dense of any dtype, or sparse: ``torch.sparse_coo_tensor(indices (2, P), values (P,), (N, C))``
             or another sparse layout. Sparse values are hard or soft labels (or ``ignore_index``), each entry appears
             once, and all other labels are 0.
-        gamma_pos, gamma_neg, clip: A number, or a tensor of shape () or (C,); see :func:`mmasl.ops.asymmetric_loss`.
-        alpha, detach_focusing, ignore_index: See :func:`mmasl.ops.asymmetric_loss`.
+        gamma_pos, gamma_neg, clip, alpha, class_weight, pos_weight: A number, or one per class, (C,); see
+            :func:`mmasl.ops.asymmetric_loss`.
+        detach_focusing, ignore_index: See :func:`mmasl.ops.asymmetric_loss`.
         scale: Factor of the loss, a number or a tensor of shape ().
         chunk_size: Classes at a time, >= 1.
         return_sums: Also return the four sums of the probability gap for each class.
@@ -64,18 +68,23 @@ def linear_asymmetric_loss(features: Tensor,
     Raises:
         ValueError: A shape does not fit, or a target is out of range; on an accelerator the latter gives NaN.
     """
-    parameters = dict(gamma_pos=gamma_pos, gamma_neg=gamma_neg, clip=clip, scale=scale)
+    parameters: dict[str, Any] = dict(gamma_pos=gamma_pos, gamma_neg=gamma_neg, clip=clip, alpha=alpha,
+                                      class_weight=class_weight, pos_weight=pos_weight, scale=scale)
+    for name, value in parameters.items():
+        if isinstance(value, (Sequence, np.ndarray)):
+            parameters[name] = torch.as_tensor(value, dtype=torch.float64)
     _check(features, weight, bias, target, parameters, chunk_size)
     target_of = _read_target(target)
 
     def loss_of(logits: Tensor, classes: slice, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, gradient by the logits and probability sums of some classes."""
-        g_pos, g_neg, margin, factor = (
-            as_parameter(value[classes] if isinstance(value, Tensor) and value.dim() else value, logits, name)
-            for name, value in parameters.items())
+        tensors: Any = {
+            name: as_optional(value[classes] if isinstance(value, Tensor) and value.dim() else value, logits, name)
+            for name, value in parameters.items()}
         try:
-            return _forward(logits, target_of(classes), None, None, g_pos, g_neg, margin, factor, alpha,
-                            detach_focusing, ignore_index, 'sum', pick_implementation(logits), need_grad, return_sums)
+            return _forward(logits, target_of(classes), None, None, **tensors, detach_focusing=detach_focusing,
+                            ignore_index=ignore_index, reduction='sum', implementation=pick_implementation(logits),
+                            need_grad=need_grad, need_sums=return_sums)
         except DataError as error:
             raise DataError(f'{error} (column 0 here is class {classes.start})') from None
 
@@ -148,7 +157,7 @@ def _add_gradients(x: Tensor, weight: Tensor, grad: Tensor, grad_features: Tenso
         grad_weight.copy_((grad.T @ x) * unit)
 
 
-def _check(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, parameters: dict[str, Parameter],
+def _check(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, parameters: dict[str, Any],
            chunk_size: int) -> None:
     """Slices of a tensor of another size would fit without an error."""
     if features.dim() != 2 or weight.dim() != 2 or features.shape[1] != weight.shape[1] or not len(weight):

@@ -8,13 +8,16 @@ from torch import Tensor
 
 
 def asymmetric_loss(logits: Tensor, target: Tensor, *, gamma_pos: float | Tensor, gamma_neg: float | Tensor,
-                    clip: float | Tensor, alpha: float | None = None, detach_focusing: bool = False) -> Tensor:
+                    clip: float | Tensor, alpha: float | Tensor | None = None,
+                    class_weight: float | Tensor = 1., pos_weight: float | Tensor = 1.,
+                    detach_focusing: bool = False) -> Tensor:
     """Eq. 2 and 7, per element, float64.
 
     Args:
         logits: (..., C), floating point.
         target: Hard or soft labels in [0, 1], in the shape of ``logits``.
-        gamma_pos, gamma_neg, clip, alpha, detach_focusing: See :func:`mmasl.ops.asymmetric_loss`.
+        gamma_pos, gamma_neg, clip, alpha, class_weight, pos_weight, detach_focusing: See
+            :func:`mmasl.ops.asymmetric_loss`.
     """
     p = logits.double().sigmoid()
     y = target.double()
@@ -31,4 +34,4 @@ def asymmetric_loss(logits: Tensor, target: Tensor, *, gamma_pos: float | Tensor
     loss_neg = torch.where(beyond, focus_neg * (1 - p_m).log(), 0.)
     if alpha is not None:
         loss_pos, loss_neg = alpha * loss_pos, (1 - alpha) * loss_neg
-    return -y * loss_pos - (1 - y) * loss_neg
+    return class_weight * (-y * pos_weight * loss_pos - (1 - y) * loss_neg)

@@ -39,8 +39,9 @@ class Problem(NamedTuple):
         quality: Soft label of the labelled class, in the shape of the labels.
         weight: Factor of loss and gradient that broadcasts to the logits.
         gamma_pos, gamma_neg, clip: Parameters of shape () or (C,).
+        alpha, class_weight, pos_weight: Parameters of shape () or (C,), or None.
         scale: Factor of the result, (); None for 1.
-        alpha, detach_focusing, ignore_index, reduction: See :func:`mmasl.ops.asymmetric_loss`.
+        detach_focusing, ignore_index, reduction: See :func:`mmasl.ops.asymmetric_loss`.
     """
     logits: Tensor
     target: Tensor
@@ -49,8 +50,10 @@ class Problem(NamedTuple):
     gamma_pos: Tensor
     gamma_neg: Tensor
     clip: Tensor
+    alpha: Tensor | None
+    class_weight: Tensor | None
+    pos_weight: Tensor | None
     scale: Tensor | None
-    alpha: float | None
     detach_focusing: bool
     ignore_index: int | None
     reduction: str
@@ -94,13 +97,15 @@ def formula(problem: Problem, need_loss: bool, need_grad: bool, need_sums: bool,
     """
     z = problem.logits.to(problem.gamma_neg.dtype)
     y, ignored, soft = _read_target(problem, soft, first_row)
-    not_y, alpha, weight = ONE[z.dtype] - y, problem.alpha, problem.weight
+    not_y, weight = ONE[z.dtype] - y, problem.weight
+    label_weights = weights_by_label(problem.alpha, problem.class_weight, problem.pos_weight)
     if soft:
         loss, grad, p, q = negative_part(z, problem.gamma_neg, problem.clip, problem.detach_focusing)
         pos_loss, pos_grad, _, _ = negative_part(-z, problem.gamma_pos, 0., problem.detach_focusing)
         pos_grad.neg_()
-        if alpha is not None:
-            loss, grad, pos_loss, pos_grad = loss * (1 - alpha), grad * (1 - alpha), pos_loss * alpha, pos_grad * alpha
+        if label_weights is not None:
+            of_pos, of_neg = label_weights
+            loss, grad, pos_loss, pos_grad = loss * of_neg, grad * of_neg, pos_loss * of_pos, pos_grad * of_pos
         loss, grad, p_pos, p_neg = torch.lerp(loss, pos_loss, y), torch.lerp(grad, pos_grad, y), p, q
     else:
         # One evaluation an element: a hard positive is a negative of -z without a margin.
@@ -108,9 +113,10 @@ def formula(problem: Problem, need_loss: bool, need_grad: bool, need_sums: bool,
         loss, grad, _, p_pos = negative_part(z * sign, torch.addcmul(not_y * problem.gamma_neg, y, problem.gamma_pos),
                                              not_y * problem.clip, problem.detach_focusing)
         grad, p_neg = grad.mul_(sign), p_pos
-        if alpha is not None:
-            weights = not_y * (1 - alpha) + y * alpha
-            loss, grad = loss.mul_(weights), grad.mul_(weights)
+        if label_weights is not None:
+            of_pos, of_neg = label_weights
+            factors = torch.lerp(of_neg, of_pos, y)
+            loss, grad = loss.mul_(factors), grad.mul_(factors)
     if weight is not None:
         loss, grad = loss * weight, grad * weight
     if ignored is not None:
@@ -123,6 +129,19 @@ def formula(problem: Problem, need_loss: bool, need_grad: bool, need_sums: bool,
     loss = loss if problem.scale is None else loss * problem.scale
     sums = _probability_sums(y, not_y, p_pos, p_neg, weight, ignored) if need_sums else None
     return loss if need_loss else None, saturate(grad, problem.logits.dtype) if need_grad else None, sums
+
+
+def weights_by_label(alpha: Tensor | None, class_weight: Tensor | None,
+                     pos_weight: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Weights of positives and of negatives, each () or (C,); None for no weights."""
+    given = [x for x in (alpha, class_weight, pos_weight) if x is not None]
+    if not given:
+        return None
+    positive = torch.ones_like(given[0]) if alpha is None else alpha
+    negative = positive if alpha is None else 1 - alpha
+    if class_weight is not None:
+        positive, negative = positive * class_weight, negative * class_weight
+    return positive if pos_weight is None else positive * pos_weight, negative
 
 
 def _read_target(problem: Problem, soft: bool | None, first_row: int) -> tuple[Tensor, Tensor | None, bool]:
@@ -311,8 +330,9 @@ def run_compiled(problem: Problem, need_loss: bool = True, need_grad: bool = Tru
             None if grad is None else grad.reshape(shape), sums)
 
 
-def softmax_formula(logits: Tensor, labels: Tensor, gamma_pos: Tensor, gamma_neg: Tensor, smoothing: float,
-                    ignore_index: int | None, need_grad: bool, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def softmax_formula(logits: Tensor, labels: Tensor, gamma_pos: Tensor, gamma_neg: Tensor, class_weight: Tensor | None,
+                    smoothing: float, ignore_index: int | None, need_grad: bool,
+                    grad_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The softmax form of (N, C) logits and labels (N,): losses (N,), and the gradient of their sum.
 
     p of the label is the sigmoid of its lead, the label's logit minus log sum exp of the others, so 1 - p stays exact
@@ -329,11 +349,14 @@ def softmax_formula(logits: Tensor, labels: Tensor, gamma_pos: Tensor, gamma_neg
     lead = (z.gather(-1, label.clamp(0, classes - 1).long()) - top - log_sum).clamp(lowest, -lowest)
     loss, slope, rest, p = negative_part(-lead, gamma_pos, 0., False)
     factor = torch.full_like(lead, 1 - smoothing + share).masked_fill(~known, torch.nan)
+    if class_weight is not None:
+        factor = factor * class_weight.expand(classes)[label.clamp(0, classes - 1).long()]
     loss, slope, total = factor * loss, -factor * slope, torch.zeros_like(loss)
     focused = torch.zeros_like(z) if need_grad else None
     if smoothing:
         log_p = (others - (log_sum - F.logsigmoid(-lead))).clamp(min=lowest)
         power = torch.where(is_label, 0., (gamma_neg * log_p).exp())
+        power = power if class_weight is None else power * class_weight
         moment = power * log_p
         loss = loss - share * moment.sum(-1, keepdim=True)
         focused = share * (power + gamma_neg * moment)  # minus the derivative of the smoothed part by log p
@@ -348,8 +371,8 @@ def softmax_formula(logits: Tensor, labels: Tensor, gamma_pos: Tensor, gamma_neg
     return loss.squeeze(-1), (grad if used is None else torch.where(used, grad, 0.)).to(grad_dtype)
 
 
-def run_softmax(logits: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, smoothing: float,
-                ignore_index: int | None, need_grad: bool, grad_dtype: torch.dtype,
+def run_softmax(logits: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: float, class_weight: Tensor | None,
+                smoothing: float, ignore_index: int | None, need_grad: bool, grad_dtype: torch.dtype,
                 compile: bool = False) -> tuple[Tensor, Tensor | None]:
     """:func:`softmax_formula` over blocks of rows, or compiled over all of them."""
     classes = logits.shape[-1]
@@ -358,7 +381,7 @@ def run_softmax(logits: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: flo
                     f'0 to {classes - 1}', 0)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     gammas = [torch.full((), gamma, dtype=dtype, device=logits.device) for gamma in (gamma_pos, gamma_neg)]
-    settings: Any = (*gammas, smoothing, ignore_index, need_grad, grad_dtype)
+    settings: Any = (*gammas, class_weight, smoothing, ignore_index, need_grad, grad_dtype)
     parts = blocks(logits)
     if compile and logits.numel():
         return compiled(softmax_formula, 'softmax')(logits, labels, *settings)

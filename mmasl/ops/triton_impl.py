@@ -75,7 +75,7 @@ def check(device: torch.device, dtype: torch.dtype) -> str:
         gamma_pos, gamma_neg, clip = (torch.full((), value, dtype=parameter_dtype, device=device)
                                       for value in (1., 4., 0.05))
         return Problem((place % 161 / 2 - 40).to(device, dtype), hard_and_soft.to(device, parameter_dtype), None, None,
-                       gamma_pos, gamma_neg, clip, None, None, False, None, 'sum')
+                       gamma_pos, gamma_neg, clip, None, None, None, None, False, None, 'sum')
 
     try:
         found = run(problem(device, dtype, torch.float32), need_sums=True)
@@ -152,8 +152,8 @@ def run(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_s
         problem, need_loss, need_grad, need_sums, upstream: As there.
         tile: Elements (a power of two) and warps of a program; None for those of mmasl/ops/triton_tiles.py.
     """
-    (logits, target, quality, weight, gamma_pos, gamma_neg, clip, scale, alpha, detach_focusing, ignore_index,
-     reduction) = problem
+    (logits, target, quality, weight, gamma_pos, gamma_neg, clip, alpha, class_weight, pos_weight, scale,
+     detach_focusing, ignore_index, reduction) = problem
     size = logits.numel()
     classes, empty = logits.shape[-1] if logits.dim() else 1, size == 0
     has_labels = quality is not None or target.shape != logits.shape
@@ -189,13 +189,15 @@ def run(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_s
         upstream, *upstream_strides = strides(upstream)
         with torch.cuda.device_of(logits):
             _kernel[(tiles, )](
-                z, target, None if quality is None else quality.reshape(-1), weight, gamma_pos, gamma_neg, clip, scale,
-                upstream, loss, grad, sums, classes, inner, tiles_r, tiles_c, stride_row, stride_class,
+                z, target, None if quality is None else quality.reshape(-1), weight, gamma_pos, gamma_neg, clip, alpha,
+                class_weight, pos_weight, scale, upstream, loss, grad, sums, classes, inner, tiles_r, tiles_c,
+                stride_row, stride_class,
                 *target_strides, *weight_strides, *upstream_strides,
-                1. if alpha is None else alpha, 1. if alpha is None else 1 - alpha, ignore_index,
-                HAS_LABELS=has_labels,
+                ignore_index, HAS_LABELS=has_labels,
                 MAY_BE_SOFT=quality is not None or (not has_labels and target.is_floating_point()),
                 PER_CLASS_POS=gamma_pos.dim() == 1, PER_CLASS_NEG=gamma_neg.dim() == 1, PER_CLASS_CLIP=clip.dim() == 1,
+                **{f'PER_CLASS_{name}': x is not None and x.dim() == 1 for name, x in (
+                    ('ALPHA', alpha), ('WEIGHT', class_weight), ('POS_WEIGHT', pos_weight))},
                 DETACH=detach_focusing, LOSS=MODES[reduction] if need_loss else 0, BLOCK_R=block_r, BLOCK_C=block_c,
                 num_warps=warps)
     if need_loss and reduction != 'none':
@@ -219,13 +221,14 @@ def _class_block(classes: int, stride_class: int) -> int:
 
 
 @triton.jit
-def _kernel(z_ptr, target_ptr, quality_ptr, weight_ptr, gamma_pos_ptr, gamma_neg_ptr, clip_ptr, scale_ptr,
-            upstream_ptr, loss_ptr, grad_ptr, sums_ptr, classes, inner, tiles_r, tiles_c, stride_row, stride_class,
-            target_outer, target_row, target_class, weight_outer, weight_row, weight_class, upstream_outer,
-            upstream_row, upstream_class, alpha_pos, alpha_neg, ignore_index, HAS_LABELS: tl.constexpr,
-            MAY_BE_SOFT: tl.constexpr, PER_CLASS_POS: tl.constexpr, PER_CLASS_NEG: tl.constexpr,
-            PER_CLASS_CLIP: tl.constexpr, DETACH: tl.constexpr, LOSS: tl.constexpr, BLOCK_R: tl.constexpr,
-            BLOCK_C: tl.constexpr):
+def _kernel(z_ptr, target_ptr, quality_ptr, weight_ptr, gamma_pos_ptr, gamma_neg_ptr, clip_ptr, alpha_ptr,
+            class_weight_ptr, pos_weight_ptr, scale_ptr, upstream_ptr, loss_ptr, grad_ptr, sums_ptr, classes, inner,
+            tiles_r, tiles_c, stride_row, stride_class, target_outer, target_row, target_class, weight_outer,
+            weight_row, weight_class, upstream_outer, upstream_row, upstream_class, ignore_index,
+            HAS_LABELS: tl.constexpr, MAY_BE_SOFT: tl.constexpr, PER_CLASS_POS: tl.constexpr,
+            PER_CLASS_NEG: tl.constexpr, PER_CLASS_CLIP: tl.constexpr, PER_CLASS_ALPHA: tl.constexpr,
+            PER_CLASS_WEIGHT: tl.constexpr, PER_CLASS_POS_WEIGHT: tl.constexpr, DETACH: tl.constexpr,
+            LOSS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     tile = tl.program_id(0)
     tile_c = tile % tiles_c
     tile_r = tile // tiles_c
@@ -273,21 +276,31 @@ def _kernel(z_ptr, target_ptr, quality_ptr, weight_ptr, gamma_pos_ptr, gamma_neg
     scale = 1.
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-    factor_neg = tl.where(bad, float('nan'), alpha_neg)
+    of_pos, of_neg = 1., 1.  # see mmasl.ops.torch_impl.weights_by_label
+    if alpha_ptr is not None:
+        of_pos = _parameter(alpha_ptr, first_class, c, class_mask, PER_CLASS_ALPHA)
+        of_neg = 1 - of_pos
+    if class_weight_ptr is not None:
+        class_weight = _parameter(class_weight_ptr, first_class, c, class_mask, PER_CLASS_WEIGHT)
+        of_pos *= class_weight
+        of_neg *= class_weight
+    if pos_weight_ptr is not None:
+        of_pos *= _parameter(pos_weight_ptr, first_class, c, class_mask, PER_CLASS_POS_WEIGHT)
+    factor_neg = tl.where(bad, float('nan'), of_neg)
 
     # A hard positive is a negative of -z without a margin, so that one evaluation does for each element.
     hard = y == 1
     loss, slope, p, q = _negative_part(tl.where(hard, -z, z), tl.where(hard, gamma_pos, gamma_neg),
                                        tl.where(hard, 0., clip), DETACH)
     p, q = tl.where(hard, q, p), tl.where(hard, p, q)
-    loss *= tl.where(hard, alpha_pos, factor_neg)
-    slope *= tl.where(hard, -alpha_pos * scale, factor_neg * scale)
+    loss *= tl.where(hard, of_pos, factor_neg)
+    slope *= tl.where(hard, -of_pos * scale, factor_neg * scale)
     if MAY_BE_SOFT:
         soft = (y > 0) & (y < 1)
         if tl.max(tl.max(soft.to(tl.int32), 1), 0) > 0:
             pos_loss, pos_slope, _, _ = _negative_part(-z, gamma_pos + tl.zeros_like(z), tl.zeros_like(z), DETACH)
-            loss = tl.where(soft, (1 - y) * loss + y * (alpha_pos * pos_loss), loss)
-            slope = tl.where(soft, (1 - y) * slope - y * (alpha_pos * scale * pos_slope), slope)
+            loss = tl.where(soft, (1 - y) * loss + y * (of_pos * pos_loss), loss)
+            slope = tl.where(soft, (1 - y) * slope - y * (of_pos * scale * pos_slope), slope)
     counted = used
     if weight_ptr is not None:
         weight = _load(weight_ptr, image, first_row, first_class, r, c, weight_outer, weight_row, weight_class,

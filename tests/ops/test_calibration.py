@@ -190,6 +190,31 @@ def test_one_parameter_a_class():
     assert_close(table[1], thresholds, rtol=0, atol=0)
 
 
+@detach
+@pytest.mark.parametrize('setting', ['asl', 'detection', 'ce'])
+def test_weights_by_class_and_the_minimum_of_the_expected_loss(setting, detach):
+    """Where a label is positive with probability pi, the logit of least expected loss has the posterior pi."""
+    weights = dict(alpha=[.25, .5, .9], pos_weight=[8., 1., .2])
+    kwargs = {**keywords(SETTINGS[setting], False), **weights}
+    pi = torch.tensor([[.1, .3, .6], [.4, .5, .2]], dtype=torch.float64)
+    pi = torch.minimum(pi, 0.9 * posterior_upper_bound(**kwargs))
+
+    def gradient(z):
+        z = z.clone().requires_grad_()
+        return torch.autograd.grad(asymmetric_loss(z, pi, **kwargs, class_weight=[3., 1., .1], detach_focusing=detach,
+                                                   reduction='sum'), z)[0]
+
+    del kwargs['detach_focusing']
+    low, high = torch.full_like(pi, -2.9), torch.full_like(pi, 30.)  # p > m, where the loss has one minimum
+    for _ in range(60):
+        middle = (low + high) / 2
+        rising = gradient(middle) > 0
+        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
+    assert_close(posterior(high, **kwargs, detach_focusing=detach), pi, rtol=1e-9, atol=0)
+    thresholds = posterior_threshold(pi, **kwargs, detach_focusing=detach)
+    assert_close(thresholds, high, rtol=1e-9, atol=1e-9)
+
+
 def test_has_no_gradient():
     assert not posterior(torch.zeros(3, requires_grad=True)).requires_grad
 
@@ -204,5 +229,8 @@ def test_refusals():
         for alpha in (0., 1.):
             with pytest.raises(ValueError, match=f'alpha={alpha} leaves one kind of label without weight'):
                 function(alpha)
+    for function in (lambda x: posterior(logits, pos_weight=x), lambda x: posterior_threshold(pos_weight=x)):
+        with pytest.raises(ValueError, match=r'pos_weight=\[1.0, 0.0, 1.0\] leaves one kind of label without weight'):
+            function([1., 0., 1.])
     with pytest.raises(ValueError, match=r'value=\[0.5, 70.0\] must be a probability'):
         posterior_threshold(torch.tensor([0.5, 70.]))

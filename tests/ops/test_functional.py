@@ -243,6 +243,45 @@ def test_one_value_per_class():
             assert_close(grad[:, k:k + 1], expected_grad)
 
 
+WEIGHTS = dict(alpha=torch.tensor([0., .25, .5, .9, 1., .01], dtype=torch.float64),
+               class_weight=torch.tensor([1., .5, 0., 30., 1e-3, 7.], dtype=torch.float64),
+               pos_weight=torch.tensor([2., 0., 100., .1, 1., 1e3], dtype=torch.float64))
+NAMES = [('alpha', ), ('class_weight', ), ('pos_weight', ), ('alpha', 'pos_weight'), tuple(WEIGHTS)]
+
+
+@pytest.mark.parametrize('names', NAMES, ids='+'.join)
+@pytest.mark.parametrize('setting', ['asl', 'detection'])
+@dtypes
+def test_weights_by_class(names, setting, dtype, implementation):
+    """As many rows as classes: a weight of the class must not become one of the row."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.rand(6, 6, generator=generator, dtype=torch.float64) * 24 - 12).to(dtype)
+    soft, labels = torch.rand(6, 6, generator=generator).to(dtype), torch.tensor([0, 1, 2, 3, 4, 6])
+    kwargs = dict(SETTINGS[setting], cotangent=torch.randn(6, 6, generator=generator))
+    weights = {name: WEIGHTS[name] for name in names}
+    for target, dense in ((soft, soft), (soft.round(), soft.round()), (labels, torch.eye(7)[labels][:, :6])):
+        expected, expected_grad = value_and_grad(reference, logits.double(), dense, **kwargs | weights)
+        for given in (weights, {name: weight.tolist() for name, weight in weights.items()}):
+            loss, grad = value_and_grad(asymmetric_loss, logits, target, **kwargs | given)
+            assert_close(loss, expected, **tolerance(dtype))
+            assert_close(grad, expected_grad, **tolerance(dtype, TOLERANCE_GRAD, implementation))
+    # At extremes, where the reference is not exact, the weights are factors.
+    y = (labels[:, None] == torch.arange(6)).double()
+    factor = reference(torch.zeros(6, 6), y, gamma_pos=0., gamma_neg=0., clip=0., **dict(
+        alpha=SETTINGS[setting]['alpha']) | weights) / math.log(2)
+    far = logits * 1000
+    plain, plain_grad = value_and_grad(asymmetric_loss, far, labels, **kwargs | dict(alpha=None))
+    loss, grad = value_and_grad(asymmetric_loss, far, labels, **kwargs | weights)
+    assert_close(loss, factor * plain, rtol=1e-5, atol=1e-37, check_dtype=False)
+    assert_close(grad, factor * plain_grad, rtol=max(1e-5, torch.finfo(dtype).eps * 2), atol=1e-7, check_dtype=False)
+    # One number for all classes, which is a factor of the sum too.
+    numbers = dict.fromkeys(names, 0.7)
+    expected = value_and_grad(lambda z, y: reference(z, y, **SETTINGS[setting] | numbers).sum(), logits.double(), soft)
+    total = value_and_grad(asymmetric_loss, logits, soft, **SETTINGS[setting] | numbers, reduction='sum')
+    assert_close(total[0], expected[0], rtol=2e-5, atol=0, check_dtype=False)
+    assert_close(total[1], expected[1], **tolerance(dtype, TOLERANCE_GRAD, implementation))
+
+
 @settings
 def test_ignored_elements_and_rows(setting):
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(6))
@@ -424,7 +463,7 @@ def test_probability_sums(shape, form, weight, dtype):
     assert_close(loss, plain if weight is None else plain * weight)
 
 
-@pytest.mark.parametrize('shape', [(3, 1), (3, 4), (4, )], ids=str)
+@pytest.mark.parametrize('shape', [(3, 1), (3, 4), (1, 4)], ids=str)
 def test_weight_is_a_factor_of_loss_and_gradient(shape):
     weight = torch.linspace(0, 2, math.prod(shape)).reshape(shape)
     logits, target = torch.randn(3, 4), torch.randint(2, (3, 4))
@@ -434,12 +473,12 @@ def test_weight_is_a_factor_of_loss_and_gradient(shape):
 
 def test_weight_is_checked():
     logits, target = torch.randn(3, 4), torch.randint(2, (3, 4))
-    with pytest.raises(ValueError, match=r'weight of shape \(3,\) does not broadcast to logits of shape \(3, 4\)'):
+    with pytest.raises(ValueError, match=r'weight of shape \(3,\) does not fit .* class_weight has one per class'):
         asymmetric_loss(logits, target, weight=torch.rand(3))
-    with pytest.raises(ValueError, match=r'weight of shape \(2, 3, 4\) does not broadcast'):
+    with pytest.raises(ValueError, match=r'weight of shape \(2, 3, 4\) does not fit logits of shape \(3, 4\)'):
         asymmetric_loss(logits, target, weight=torch.rand(2, 3, 4))
-    with pytest.raises(ValueError, match='weight and scale get no gradient: detach them'):
-        asymmetric_loss(logits, target, weight=torch.rand(4, requires_grad=True))
+    with pytest.raises(ValueError, match='weights and scale of the loss get no gradient: detach them'):
+        asymmetric_loss(logits, target, class_weight=torch.rand(4, requires_grad=True))
 
 
 @pytest.mark.parametrize('shape', [(0, 3), (5, 0)], ids=str)
@@ -528,8 +567,9 @@ def test_operator_is_registered_well(implementation):
             logits, target, quality, one, clip = tree_map_only(
                 torch.Tensor, lambda x: x.to(DEVICE), (logits, target, quality, one, one / 20))
             torch.library.opcheck(torch.ops.mmasl.asymmetric_loss, (
-                logits.requires_grad_(), target, quality, None, one, one, clip, None, None, False, None, reduction,
-                implementation, True, True), test_utils=('test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic'))
+                logits.requires_grad_(), target, quality, None, one, one, clip, one / 4, one.expand(5).clone(), None,
+                None, False, None, reduction, implementation, True, True), test_utils=(
+                    'test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic'))
 
 
 def test_arguments_of_the_implementation():

@@ -69,6 +69,12 @@ def test_equals_linear_and_loss(setting, chunk_size, form):
 
 
 @sizes
+def test_weights_by_class(chunk_size):
+    weights = torch.linspace(0, 1, 3 * C).view(3, C).tolist()
+    check(draw(), TARGETS['soft'], chunk_size=chunk_size, **dict(zip(('alpha', 'class_weight', 'pos_weight'), weights)))
+
+
+@sizes
 def test_without_bias(chunk_size):
     check([*draw()[:2], None], hard(), chunk_size=chunk_size)
 

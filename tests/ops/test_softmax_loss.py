@@ -27,13 +27,13 @@ def labels():
     return torch.arange(12) % 5
 
 
-def equation(logits, labels, gamma_pos, gamma_neg, smoothing):
+def equation(logits, labels, gamma_pos, gamma_neg, smoothing, class_weight=1.):
     """The formula as it is written, in float64 and by autograd."""
     p = logits.double().softmax(-1)
     y = F.one_hot(labels, logits.shape[-1]).double()
     target = (1 - smoothing) * y + smoothing / logits.shape[-1]
     focus = y * (1 - p)**gamma_pos + (1 - y) * p**gamma_neg
-    return -(target * focus * p.log()).sum(-1)
+    return -(class_weight * target * focus * p.log()).sum(-1)
 
 
 def with_grad(loss, logits, *args, **kwargs):
@@ -49,6 +49,19 @@ def test_equation(logits, labels, setting):
     value, grad = with_grad(softmax_loss, logits.double(), labels, *setting)
     assert_close((value, grad), with_grad(equation, logits.double(), labels, *setting), rtol=1e-10, atol=1e-12)
     assert_close(with_grad(softmax_loss, logits, labels, *setting), (value.float(), grad.float()))
+
+
+@pytest.mark.parametrize('setting', SETTINGS, ids=str)
+def test_weights_by_class(logits, labels, setting):
+    weight = torch.tensor([0., 0.1, 1, 3, 50])
+    expected, expected_grad = with_grad(equation, logits.double(), labels, *setting, class_weight=weight)
+    value, grad = with_grad(softmax_loss, logits.double(), labels, *setting, class_weight=weight.tolist())
+    assert_close((value, grad), (expected, expected_grad), rtol=1e-7, atol=1e-12)
+    loss = AsymmetricSoftmaxLoss(*setting[:2], weight, *setting[2:], reduction='none')
+    assert_close(with_grad(loss, logits, labels), (expected.float(), expected_grad.float()))
+    if setting[:2] == (0, 0):
+        theirs = F.cross_entropy(logits, labels, weight, label_smoothing=setting[2], reduction='none')
+        assert_close(loss(logits, labels), theirs)
 
 
 @pytest.mark.parametrize('dtype, rtol', [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
@@ -235,6 +248,8 @@ def test_state_and_repr():
 @pytest.mark.parametrize('kwargs, message', [
     (dict(gamma_neg=-1), r'gamma_neg=-1 must be a number in \[0, inf\)'),
     (dict(gamma_pos=float('nan')), 'gamma_pos=nan'),
+    (dict(class_weight=[1, -1]), r'class_weight=\[1, -1\] must be a number in \[0, inf\)'),
+    (dict(pos_weight=[1, 2]), r'pos_weight=\[1, 2\] must be None: .* Use class_weight'),
     (dict(smoothing=1), r'smoothing=1 must be a number in \[0, 1\)'),
     (dict(use_sigmoid=True), 'use_sigmoid=True.*mmasl.AsymmetricLoss'),
     (dict(reduction='batchmean'), "reduction='batchmean' must be one of"),

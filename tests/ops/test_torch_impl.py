@@ -66,6 +66,14 @@ def test_every_form(form, reduction, detach):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('form', ['dense', 'soft', 'labels', 'quality'])
+@pytest.mark.parametrize('names', [('alpha', ), ('class_weight', ), ('pos_weight', ), ('alpha', 'class_weight',
+                                                                                      'pos_weight')], ids='+'.join)
+def test_weights_by_class(form, names):
+    compare(form, [dict(zip(names, torch.linspace(0, 1, 11 * len(names)).view(len(names), 11)))])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('form', ['dense', 'soft', 'labels', 'quality'])
 def test_probability_sums(form):
     logits, target = batch_of(form, 37, 11)
     kwargs = dict(reduction='sum', return_sums=True, weight=(torch.arange(37) % 3)[:, None] / 2)
@@ -101,7 +109,8 @@ def test_without_looking_at_values(form):
     target, quality = target if form == 'quality' else (target, None)
     one = torch.ones(())
     weight = torch.linspace(0, 2, 37)[:, None].expand(37, 11)
-    problem = torch_impl.Problem(logits, target, quality, weight, one, 4 * one, one / 20, None, 0.25, False,
+    problem = torch_impl.Problem(logits, target, quality, weight, one, 4 * one, one / 20, one / 4,
+                                 torch.linspace(0, 3, 11), torch.linspace(1, 4, 11), None, False,
                                  3 if form == 'labels' else None, 'none')
     soft = form in ('soft', 'quality')
     looked, blind = (torch_impl.formula(problem, True, True, True, soft=value) for value in (None, soft))

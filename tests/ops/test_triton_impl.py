@@ -31,11 +31,13 @@ def build(kernel, backend, arch, types, constants):
 assert not triton_impl.INTERPRETED
 for arch, dtype, target, loss in ((80, 'fp32', 'i64', 2), (90, 'bf16', 'fp32', 1), (90, 'fp16', 'u8', 2),
                                   ('gfx942', 'fp32', 'fp32', 2)):
-    constants = dict.fromkeys(['MAY_BE_SOFT', 'PER_CLASS_POS', 'PER_CLASS_CLIP', 'DETACH'], loss == 1) | dict(
+    constants = dict.fromkeys(['MAY_BE_SOFT', 'PER_CLASS_POS', 'PER_CLASS_CLIP', 'DETACH', 'PER_CLASS_ALPHA',
+                               'PER_CLASS_WEIGHT', 'PER_CLASS_POS_WEIGHT'], loss == 1) | dict(
         HAS_LABELS=target == 'i64', PER_CLASS_NEG=False, LOSS=loss, BLOCK_R=16, BLOCK_C=16, stride_class=1,
-        ignore_index=None if loss == 1 else 255, quality_ptr=None)
+        ignore_index=None if loss == 1 else 255, quality_ptr=None,
+        **dict.fromkeys(['alpha_ptr', 'class_weight_ptr', 'pos_weight_ptr'] if arch == 80 else []))
     build(triton_impl._kernel, 'cuda' if isinstance(arch, int) else 'hip', arch,
-          dict(z_ptr='*' + dtype, grad_ptr='*' + dtype, target_ptr='*' + target, alpha_pos='fp32', alpha_neg='fp32'),
+          dict(z_ptr='*' + dtype, grad_ptr='*' + dtype, target_ptr='*' + target),
           constants)
 """
 

@@ -19,7 +19,7 @@ def calibration_settings(loss: nn.Module) -> dict[str, Any]:
         loss: The loss.
 
     Returns:
-        The keyword arguments ``gamma_pos``, ``gamma_neg``, ``clip``, ``alpha`` and ``detach_focusing``.
+        The keyword arguments ``gamma_pos``, ``gamma_neg``, ``clip``, ``alpha``, ``pos_weight`` and ``detach_focusing``.
 
     Raises:
         ConfigError: The loss is not an :class:`mmasl.AsymmetricLoss`, or unannotated labels have a gamma of their own.
@@ -31,7 +31,8 @@ def calibration_settings(loss: nn.Module) -> dict[str, Any]:
         raise ConfigError(f'gamma_unannotated={loss.gamma_unannotated.tolist()} has no posterior in closed form, since '
                           'the number of annotated labels of an image is unknown. Set gamma_unannotated=None, or use '
                           "MMPretrain's head.")
-    return {name: getattr(loss, name) for name in ('gamma_pos', 'gamma_neg', 'clip', 'alpha', 'detach_focusing')}
+    return {name: getattr(loss, name) for name in ('gamma_pos', 'gamma_neg', 'clip', 'alpha', 'pos_weight',
+                                                   'detach_focusing')}
 
 
 class StoredThresholds:

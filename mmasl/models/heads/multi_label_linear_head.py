@@ -57,7 +57,7 @@ class MultiLabelLinearClsHead(CalibratedPredictions, heads.MultiLabelLinearClsHe
         value = linear_asymmetric_loss(
             features, self.fc.weight, self.fc.bias, self._target(data_samples, features.device),
             ignore_index=loss.ignore_index, scale=loss.loss_weight / divisor, chunk_size=self.chunk_size,
-            return_sums=track, **calibration_settings(loss))
+            class_weight=loss.class_weight, return_sums=track, **calibration_settings(loss))
         if isinstance(value, tuple):
             value, sums = value
             loss.probability_sums.add(sums, value.detach() / (loss.loss_weight / divisor))

@@ -16,7 +16,60 @@ REDUCTIONS = ('none', 'mean', 'sum')
 NOTICED = 10  # training calls whose logits are compared with [0, 1]
 
 
-class AsymmetricLoss(nn.Module):
+class SettingsModule(nn.Module):
+    """A module with settings that are float32 tensors outside its state dict, one number or one per class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._initial: dict[str, Tensor] = {}
+
+    def register_setting(self, name: str, value: float | Sequence[float] | None, high: float, closed: bool) -> None:
+        """Check and store a setting.
+
+        Args:
+            name: Name of the attribute.
+            value: One number >= 0, or one per class; None stays None.
+            high: End of the range.
+            closed: Whether ``high`` is in the range.
+
+        Raises:
+            ConfigError: ``value`` is out of the range.
+        """
+        if value is None:
+            self.register_buffer(name, None, persistent=False)
+            return
+        values = torch.as_tensor(value, dtype=torch.float32, device='cpu')
+        inside = (values >= 0) & ((values <= high) if closed else (values < high))
+        if values.dim() > 1 or not values.numel() or not inside.all():
+            raise ConfigError(f'{name}={value} must be a number in [0, {high:g}{"]" if closed else ")"}, or one such '
+                              'number per class')
+        self._initial[name] = values.clone()
+        self.register_buffer(name, values.clone(), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Reset the settings to the values and shapes given at construction; FSDP calls it after ``to_empty``."""
+        for name, value in self._initial.items():
+            setattr(self, name, value.to(getattr(self, name).device, copy=True))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> 'SettingsModule':
+        """Move the module but keep its settings in float32: half precision would round small steps to 0."""
+        kept = {name: getattr(self, name) for name in self._initial}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            if not value.is_meta:
+                setattr(self, name, value.to(getattr(self, name).device))
+        return self
+
+    def extra_repr(self) -> str:
+        def plain(x: Tensor) -> Any:
+            if x.is_meta:
+                return 'meta'
+            return [plain(value) for value in x] if x.dim() else round(x.item(), 6)
+
+        return ', '.join(f'{name}={plain(getattr(self, name))}' for name in self._initial)
+
+
+class AsymmetricLoss(SettingsModule):
     """Asymmetric loss (ASL) for multi-label classification and dense detection, Eq. 7 of arXiv 2009.14119.
 
     The other losses of the paper are settings of this one:
@@ -32,8 +85,9 @@ class AsymmetricLoss(nn.Module):
     ASL, detection (alpha 0.25)   1          2          0
     ============================  =========  =========  ====
 
-    ``gamma_pos``, ``gamma_neg`` and ``clip`` are float32 tensors on the module, outside its state dict. Change them in
-    place (``loss.gamma_neg.fill_(3)``) at any step; a compiled model is not recompiled.
+    ``gamma_pos``, ``gamma_neg``, ``clip`` and, where they are given, ``alpha``, ``class_weight`` and ``pos_weight`` are
+    float32 tensors on the module, outside its state dict. Change them in place (``loss.gamma_neg.fill_(3)``) at any
+    step; a compiled model is not recompiled.
 
     ``probability_sums`` is a :class:`mmasl.models.losses.ProbabilitySums`. While its ``enabled`` is True, the loss adds
     what the probability gap (Eq. 9-10) needs in each training call. :class:`mmasl.ProbabilityGapHook` reads it.
@@ -56,7 +110,10 @@ class AsymmetricLoss(nn.Module):
         gamma_neg: Focusing parameter of negatives, likewise.
         clip: Probability margin m in [0, 1), likewise. Negatives below it have no loss and no gradient. Use 0 for
             detection: dense heads start at p = 0.01, and negatives below the margin get no gradient.
-        alpha: Weight of positives in [0, 1]; negatives get 1 - alpha, as in focal loss. None for no weights.
+        alpha: Weight of positives in [0, 1], likewise; negatives get 1 - alpha, as in focal loss. None for no weights.
+        class_weight: Factor >= 0 of all labels of a class, likewise, as MMPretrain's ``CrossEntropyLoss`` has it. None
+            for 1. The ``class_weight`` of MMDetection's ``CrossEntropyLoss(use_sigmoid=True)`` is ``pos_weight`` here.
+        pos_weight: Further factor >= 0 of the positives of a class, likewise. None for 1.
         detach_focusing: False for the gradient of Eq. 8. True holds the focusing weight constant, as the official
             training script does. The loss value is the same.
         use_sigmoid: Must stay True, since the loss is defined on independent sigmoids. Heads read it from the config.
@@ -75,13 +132,18 @@ class AsymmetricLoss(nn.Module):
     gamma_pos: Tensor
     gamma_neg: Tensor
     clip: Tensor
+    alpha: Tensor | None
+    class_weight: Tensor | None
+    pos_weight: Tensor | None
     gamma_unannotated: Tensor | None
 
     def __init__(self,
                  gamma_pos: float | Sequence[float] = 0.,
                  gamma_neg: float | Sequence[float] = 4.,
                  clip: float | Sequence[float] = 0.05,
-                 alpha: float | None = None,
+                 alpha: float | Sequence[float] | None = None,
+                 class_weight: float | Sequence[float] | None = None,
+                 pos_weight: float | Sequence[float] | None = None,
                  detach_focusing: bool = False,
                  use_sigmoid: bool = True,
                  reduction: str = 'mean',
@@ -95,8 +157,6 @@ class AsymmetricLoss(nn.Module):
             raise ConfigError(f'use_sigmoid={use_sigmoid}: AsymmetricLoss is defined on sigmoids, set use_sigmoid=True')
         if reduction not in REDUCTIONS:
             raise ConfigError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
-        if alpha is not None and not 0 <= alpha <= 1:
-            raise ConfigError(f'alpha={alpha} must be between 0 and 1, or None')
         if not math.isfinite(loss_weight):
             raise ConfigError(f'loss_weight={loss_weight} must be finite')
         if not 0 <= weight_unannotated < math.inf:
@@ -107,18 +167,11 @@ class AsymmetricLoss(nn.Module):
         if gamma_unannotated is not None and not weight_unannotated:
             raise ConfigError(f'gamma_unannotated={gamma_unannotated} has no effect on labels that are left out: set '
                              'weight_unannotated too, to 1 for the weight of other negatives')
-        self._initial: dict[str, Tensor] = {}
-        for name, value, high in (('gamma_pos', gamma_pos, math.inf), ('gamma_neg', gamma_neg, math.inf),
-                                  ('clip', clip, 1), ('gamma_unannotated', gamma_unannotated, math.inf)):
-            if value is None:
-                self.register_buffer(name, None, persistent=False)
-                continue
-            values = torch.as_tensor(value, dtype=torch.float32, device='cpu')
-            if values.dim() > 1 or not values.numel() or not ((values >= 0) & (values < high)).all():
-                raise ConfigError(f'{name}={value} must be a number in [0, {high:g}), or one such number per class')
-            self._initial[name] = values.clone()
-            self.register_buffer(name, values.clone(), persistent=False)
-        self.alpha = alpha
+        for name, value, high, closed in (
+                ('gamma_pos', gamma_pos, math.inf, False), ('gamma_neg', gamma_neg, math.inf, False),
+                ('clip', clip, 1, False), ('alpha', alpha, 1, True), ('class_weight', class_weight, math.inf, False),
+                ('pos_weight', pos_weight, math.inf, False), ('gamma_unannotated', gamma_unannotated, math.inf, False)):
+            self.register_setting(name, value, high, closed)
         self.detach_focusing = detach_focusing
         self.use_sigmoid = use_sigmoid
         self.reduction = reduction
@@ -142,8 +195,8 @@ class AsymmetricLoss(nn.Module):
             pred: (..., C) logits (probabilities with ``activated``), of any floating dtype.
             target: Dense targets, labels with background C, or a pair (labels, quality); see
                 :func:`mmasl.asymmetric_loss`.
-            weight: One weight per row (the shape of ``pred`` without C), per element (the shape of ``pred``, or what
-                broadcasts to it), or flat per element.
+            weight: One weight per row (the shape of ``pred`` without C), per element (the shape of ``pred``, or as many
+                dimensions and what broadcasts to it), or flat per element. Never one per class: see ``class_weight``.
             avg_factor: Divisor of 'mean', a number or a tensor of one element, such as the number of positives.
             reduction_override: Replaces ``reduction`` in this call.
 
@@ -180,8 +233,9 @@ class AsymmetricLoss(nn.Module):
         losses = []
         for part, gamma_neg, ignore_index, share in parts:
             loss = asymmetric_loss(pred, part, gamma_pos=self.gamma_pos, gamma_neg=gamma_neg, clip=self.clip,
-                                   alpha=self.alpha, detach_focusing=self.detach_focusing, ignore_index=ignore_index,
-                                   weight=weight, scale=share * scale,
+                                   alpha=self.alpha, class_weight=self.class_weight, pos_weight=self.pos_weight,
+                                   detach_focusing=self.detach_focusing, ignore_index=ignore_index, weight=weight,
+                                   scale=share * scale,
                                    reduction='none' if reduction == 'none' else 'sum', return_sums=track)
             if isinstance(loss, tuple):
                 loss, sums = loss
@@ -224,30 +278,9 @@ class AsymmetricLoss(nn.Module):
         count = annotated + self.weight_unannotated * (labels.numel() - annotated)
         return as_divisor(count * elements_per_target)
 
-    def reset_parameters(self) -> None:
-        """Reset the parameters to the values and shapes given at construction; FSDP calls it after ``to_empty``."""
-        for name, value in self._initial.items():
-            setattr(self, name, value.to(getattr(self, name).device, copy=True))
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> 'AsymmetricLoss':
-        """Move the module but keep its parameters in float32: half precision would round small steps of a controller to
-        0.
-        """
-        kept = {name: getattr(self, name) for name in self._initial}
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            if not value.is_meta:
-                setattr(self, name, value.to(getattr(self, name).device))
-        return self
-
     def extra_repr(self) -> str:
-        def plain(x: Tensor) -> Any:
-            if x.is_meta:
-                return 'meta'
-            return [plain(value) for value in x] if x.dim() else round(x.item(), 6)
-
-        return ', '.join(f'{name}={plain(getattr(self, name))}' for name in self._initial) + (
-            f', alpha={self.alpha}, detach_focusing={self.detach_focusing}, reduction={self.reduction}, '
+        return super().extra_repr() + (
+            f', detach_focusing={self.detach_focusing}, reduction={self.reduction}, '
             f'loss_weight={self.loss_weight}, ignore_index={self.ignore_index}, '
             f'weight_unannotated={self.weight_unannotated}')
 
@@ -272,4 +305,5 @@ def as_element_weight(weight: Tensor, pred: Tensor) -> Tensor:
     if weight.dim() == pred.dim() and all(w in (1, n) for w, n in zip(weight.shape, pred.shape)):
         return weight
     raise DataError(f'weight of shape {tuple(weight.shape)} does not fit predictions of shape {tuple(pred.shape)}: '
-                     'give one per row, one per element, or one flat list of all elements')
+                    'give one per row, one per element, or one flat list of all elements. class_weight of the loss has '
+                    'one per class')

@@ -1,14 +1,15 @@
 """The softmax form of the asymmetric loss as a module."""
 import math
+from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmasl.errors import ConfigError, DataError
-from mmasl.models.losses.asymmetric_loss import REDUCTIONS, as_divisor
+from mmasl.models.losses.asymmetric_loss import REDUCTIONS, SettingsModule, as_divisor
 from mmasl.ops.functional import asymmetric_softmax_loss
 
 
-class AsymmetricSoftmaxLoss(nn.Module):
+class AsymmetricSoftmaxLoss(SettingsModule):
     """Softmax loss with asymmetric focusing and label smoothing, for heads such as MMPretrain's ``LinearClsHead``.
 
     This is ``ASLSingleLabel`` of the official code; :func:`mmasl.asymmetric_softmax_loss` has the formula. Table 12 of
@@ -21,26 +22,38 @@ class AsymmetricSoftmaxLoss(nn.Module):
     Args:
         gamma_pos: Focusing parameter of the label, >= 0.
         gamma_neg: Focusing parameter of the other classes, >= 0.
+        class_weight: Weight >= 0 of each class, as MMPretrain's ``CrossEntropyLoss`` has it: a factor of the term of
+            the class. None for 1. 'mean' does not divide by it.
         smoothing: Share of the target spread evenly over all classes, in [0, 1). ``eps`` in the official code.
         use_sigmoid: Must stay False. Heads read it from the config.
         reduction: 'mean', 'sum' or 'none'. 'mean' divides the sum by ``avg_factor``, or by the number of samples that
             are not ignored. 'sum' does not use ``avg_factor``.
         loss_weight: Factor of the result.
         ignore_index: Label of samples to leave out.
+        alpha, pos_weight: Must stay None, since a softmax has no weight of negatives.
 
     Raises:
         ConfigError: A parameter is out of its range; the message names it.
     """
 
+    class_weight: Tensor | None
+
     def __init__(self,
                  gamma_pos: float = 0.,
                  gamma_neg: float = 4.,
+                 class_weight: float | Sequence[float] | None = None,
                  smoothing: float = 0.1,
                  use_sigmoid: bool = False,
                  reduction: str = 'mean',
                  loss_weight: float = 1.,
-                 ignore_index: int | None = None) -> None:
+                 ignore_index: int | None = None,
+                 alpha: None = None,
+                 pos_weight: None = None) -> None:
         super().__init__()
+        for name, value in (('alpha', alpha), ('pos_weight', pos_weight)):
+            if value is not None:
+                raise ConfigError(f'{name}={value} must be None: in a softmax a positive of one class is a negative of '
+                                  'the others. Use class_weight, or mmasl.AsymmetricLoss')
         if use_sigmoid is not False:
             raise ConfigError(f'use_sigmoid={use_sigmoid}: AsymmetricSoftmaxLoss is defined on a softmax; set '
                               'use_sigmoid=False, or use mmasl.AsymmetricLoss')
@@ -52,6 +65,7 @@ class AsymmetricSoftmaxLoss(nn.Module):
                 raise ConfigError(f'{name}={value} must be a number in [0, {high:g})')
         if not math.isfinite(loss_weight):
             raise ConfigError(f'loss_weight={loss_weight} must be finite')
+        self.register_setting('class_weight', class_weight, math.inf, False)
         self.gamma_pos = gamma_pos
         self.gamma_neg = gamma_neg
         self.smoothing = smoothing
@@ -86,7 +100,8 @@ class AsymmetricSoftmaxLoss(nn.Module):
         if reduction not in REDUCTIONS:
             raise ConfigError(f'reduction_override={reduction!r} must be one of {REDUCTIONS}')
         loss = asymmetric_softmax_loss(pred, target, gamma_pos=self.gamma_pos, gamma_neg=self.gamma_neg,
-                                       smoothing=self.smoothing, ignore_index=self.ignore_index)
+                                       class_weight=self.class_weight, smoothing=self.smoothing,
+                                       ignore_index=self.ignore_index)
         if weight is not None:
             if weight.shape != loss.shape:
                 raise DataError(f'weight of shape {tuple(weight.shape)} does not fit labels of shape '
@@ -105,5 +120,6 @@ class AsymmetricSoftmaxLoss(nn.Module):
         return max(target.numel(), 1) if self.ignore_index is None else (target != self.ignore_index).sum().clamp(min=1)
 
     def extra_repr(self) -> str:
-        return ', '.join(f'{name}={getattr(self, name)}' for name in
-                         ('gamma_pos', 'gamma_neg', 'smoothing', 'reduction', 'loss_weight', 'ignore_index'))
+        shown = [super().extra_repr()] if self._initial else []
+        return ', '.join(shown + [f'{name}={getattr(self, name)}' for name in
+                                  ('gamma_pos', 'gamma_neg', 'smoothing', 'reduction', 'loss_weight', 'ignore_index')])

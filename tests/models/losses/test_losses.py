@@ -270,6 +270,34 @@ def test_one_value_per_class(logits, target, labels):
         loss(logits[:, :3], target[:, :3])
 
 
+@pytest.mark.parametrize('kwargs', [dict(class_weight=[1., 0, 3, 4, .5]), dict(pos_weight=[1., 0, 3, 4, .5]),
+                                    dict(class_weight=[2., 1, 1, 0, 3], pos_weight=[1., 0, 3, 4, .5])], ids=str)
+@pytest.mark.parametrize('reduction', ['none', 'mean', 'sum'])
+def test_weights_by_class_are_those_of_mmpretrain(logits, target, kwargs, reduction):
+    from mmpretrain.models.losses import CrossEntropyLoss
+    ours = AsymmetricLoss(gamma_neg=0, clip=0, reduction=reduction, **kwargs)
+    theirs = CrossEntropyLoss(use_sigmoid=True, reduction=reduction, **kwargs)
+    rows = torch.linspace(0, 2, 12)
+    assert_close(with_grad(ours, logits, target), with_grad(theirs, logits, target))
+    assert_close(with_grad(ours, logits, target, rows), with_grad(theirs, logits, target, rows))
+
+
+def test_weights_by_class_change_in_place_and_are_never_those_of_rows(logits, target):
+    weight = torch.tensor([1., 2, 3, 4, 5])
+    loss, plain = AsymmetricLoss(class_weight=weight, reduction='none'), AsymmetricLoss(reduction='none')
+    square, y = logits[:5], target[:5]
+    assert_close(loss(square, y), plain(square, y, weight[None]))
+    assert_close(loss(square, y, weight), plain(square, y, weight[None] * weight[:, None]))
+    loss.class_weight.fill_(2)
+    assert_close(loss(logits, target), 2 * plain(logits, target))
+    loss.reset_parameters()
+    assert loss.half().class_weight.tolist() == weight.tolist() and not loss.state_dict()
+    assert 'class_weight=[1.0, 2.0, 3.0, 4.0, 5.0]' in repr(loss)
+    for name in ('alpha', 'class_weight', 'pos_weight'):
+        with pytest.raises(ValueError, match=rf'{name} of shape \(3,\) does not fit logits of shape \(12, 5\)'):
+            AsymmetricLoss(**{name: [0.1, 0.2, 0.3]})(logits, target)
+
+
 def test_repr_shows_what_was_set():
     shown = repr(AsymmetricLoss(gamma_neg=[1, 2.5]))
     assert shown.startswith('AsymmetricLoss(gamma_pos=0.0, gamma_neg=[1.0, 2.5], clip=0.05,')
@@ -347,7 +375,10 @@ def test_reset_parameters_undoes_a_controller():
     (dict(gamma_pos=[[1.]]), r'gamma_pos=\[\[1.0\]\]'),
     (dict(gamma_neg=[]), 'gamma_neg=.*one such number per class'),
     (dict(clip=1.), r'clip=1.0 must be a number in \[0, 1\)'),
-    (dict(alpha=1.5), 'alpha=1.5 must be between 0 and 1'),
+    (dict(alpha=1.5), r'alpha=1.5 must be a number in \[0, 1\]'),
+    (dict(alpha=[0.5, -1]), r'alpha=\[0.5, -1\] must be a number in \[0, 1\], or one such number per class'),
+    (dict(class_weight=[1, -1]), r'class_weight=\[1, -1\] must be a number in \[0, inf\)'),
+    (dict(pos_weight=float('inf')), 'pos_weight=inf must be'),
     (dict(use_sigmoid=False), 'set use_sigmoid=True'),
     (dict(reduction='batchmean'), "reduction='batchmean' must be one of"),
     (dict(loss_weight=float('inf')), 'loss_weight=inf'),
