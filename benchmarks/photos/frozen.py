@@ -82,14 +82,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 # --- features
 
 def load_features(args: argparse.Namespace, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Features and labels of the 'train' and 'test' images of a data set; computed at the first call.
+    """Features and labels of the 'train' and 'test' images of a data set; computed at the first call."""
+    cfg, loaders = load_config(name, getattr(args, name))
+    return {split: compute(cfg, loader, args.cache / f'{name}_{split}.pt') for split, loader in loaders.items()}
+
+
+def load_config(name: str, data_root: str) -> tuple[Config, dict[str, dict]]:
+    """The config of a data set, and its loaders of the 'train' and 'test' images, without augmentation.
 
     VOC's test images are those of val, because the copies of the official test set are incomplete.
     """
     cfg = Config.fromfile(ROOT / 'configs' / 'photos' / f'efficientnet-lite0_bce_{name}.py')
     loaders = dict(train=cfg.train_dataloader, test=cfg.val_dataloader)
     for loader, split in zip(loaders.values(), ('train', 'val')):
-        loader.dataset.data_root = getattr(args, name)
+        loader.dataset.data_root = data_root
         loader.dataset.pipeline = cfg.val_dataloader.dataset.pipeline  # no augmentation
         loader.dataset.pipeline[1].scale = SIZE
         loader.update(num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False))
@@ -97,18 +103,22 @@ def load_features(args: argparse.Namespace, name: str) -> dict[str, tuple[Tensor
             loader.dataset.split = split
     check_data(cfg, 'train', 'val')
     set_dataloader_defaults(cfg, 'train', 'val')
-    return {split: compute(cfg, loader, args.cache / f'{name}_{split}.pt') for split, loader in loaders.items()}
+    return cfg, loaders
+
+
+def build(cfg: Config, loader_cfg: dict) -> tuple[Any, Any]:
+    """The pre-trained classifier and the loader."""
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(dict(cfg.model, data_preprocessor=dict(
+            type='ClsDataPreprocessor', **cfg.data_preprocessor)))
+        model.init_weights()
+        return model.to(memory_format=torch.channels_last), Runner.build_dataloader(loader_cfg)
 
 
 def compute(cfg: Config, loader_cfg: dict, path: Path) -> tuple[Tensor, Tensor]:
     """Features (N, D) and labels (N, C) of the images of a loader, cached in a file."""
     if not path.exists():
-        with DefaultScope.overwrite_default_scope(cfg.default_scope):
-            model = MODELS.build(dict(cfg.model, data_preprocessor=dict(
-                type='ClsDataPreprocessor', **cfg.data_preprocessor)))
-            model.init_weights()
-            model.to(memory_format=torch.channels_last)
-            loader = Runner.build_dataloader(loader_cfg)
+        model, loader = build(cfg, loader_cfg)
         found = zip(*extract_features(model, progress(loader, path.stem), cfg.model.head.num_classes))
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(tuple(map(torch.cat, found)), path)

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from benchmarks.photos.frozen import ASL, CE, DATA, FOCAL, describe, key, remove_labels  # noqa: E402
+from benchmarks.photos import frozen  # noqa: E402
+from benchmarks.photos.frozen import ASL, CE, DATA, FOCAL, describe, key, load_config, remove_labels  # noqa: E402
 from mmasl import AsymmetricLoss  # noqa: E402
 from mmasl.analysis.gradient import Setting  # noqa: E402
-from mmasl.analysis.probe import score  # noqa: E402
+from mmasl.analysis.probe import extract_features, score  # noqa: E402
 from mmasl.reproduce.runs import read_rows, write_rows  # noqa: E402
 from mmasl.utils.tools import exit_on_user_error, progress  # noqa: E402
 
@@ -34,8 +35,8 @@ EPOCHS, BATCH_SIZE, WEIGHT_DECAY = 8, 64, 0.01
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('maps', type=Path, help='folder of voc_train.pt and voc_test.pt: outputs of stage 5, float16 '
-                        '(N, 192, 4, 4), and labels (N, 20)')
+    parser.add_argument('--voc', default='data/VOCdevkit/VOC2007', help='folder of VOC (default: %(default)s)')
+    parser.add_argument('--cache', type=Path, default=Path('work_dirs/photos/maps'), help='folder of the outputs')
     parser.add_argument('--data', nargs='+', choices=[name for name in DATA if name.startswith('voc')],
                         default=['voc-60', 'voc'])
     parser.add_argument('--lr', type=float, nargs='+', default=[3e-4, 1e-3, 3e-3], help='maximal learning rates')
@@ -47,7 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    maps = {split: torch.load(args.maps / f'voc_{split}.pt') for split in ('train', 'test')}
+    maps = load_maps(args.voc, args.cache)
     rows = read_rows(ROWS)
     done = {(*key(row), row['lr'], row['seed']) for row in rows}
     wanted = product(range(args.seeds), SETTINGS[:args.settings], args.data, args.lr)
@@ -56,6 +57,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             row = describe(name, setting) | dict(lr=f'{lr:g}', seed=str(seed))
             rows.append(row | train(name, setting, lr, seed, maps))
             write_rows(ROWS, rows)
+
+
+def load_maps(voc: str, cache: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Outputs of stage 5, float16 (N, 192, 4, 4), and labels, (N, 20), of the 'train' and 'test' images, cached."""
+    cfg, loaders = load_config('voc', voc)
+    cache.mkdir(parents=True, exist_ok=True)
+    for split, loader_cfg in loaders.items():
+        if not (path := cache / f'voc_{split}.pt').exists():
+            torch.save(compute_maps(*frozen.build(cfg, loader_cfg), path.stem), path)
+    return {split: torch.load(cache / f'voc_{split}.pt') for split in loaders}
+
+
+def compute_maps(model: Any, loader: Any, name: str) -> tuple[Tensor, Tensor]:
+    maps: list[Tensor] = []
+    model.backbone.timm_model.blocks[5].register_forward_hook(lambda *call: maps.append(call[2].half()))
+    labels = [found for _, found in extract_features(model, progress(loader, name), model.head.num_classes)]
+    return torch.cat(maps), torch.cat(labels)
 
 
 def build() -> nn.Module:
