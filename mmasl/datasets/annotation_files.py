@@ -125,7 +125,7 @@ class CocoRules(NamedTuple):
             ``category_id`` besides.
         optional: Whether the list of annotations may be missing, as in ``image_info_test-dev2017.json``.
         names: Whether category names become text. Otherwise they stay as they are in the file.
-        strict: Whether the file must have the encoding of :func:`open`, as pycocotools reads it. Otherwise UTF-8 with a
+        strict: Whether the file must have the encoding of ``open``, as pycocotools reads it. Otherwise UTF-8 with a
             byte order mark and UTF-16 are read too.
         utf8: Whether names must be UTF-8. Otherwise wrong bytes are replaced.
     """
