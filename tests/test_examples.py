@@ -239,7 +239,7 @@ def test_commands(page, monkeypatch, tmp_path, capsys):
                 assert list(ROOT.glob(path)), f'{page}: there is no {path}'
         match words:
             case ['make', *targets]:
-                for target in targets:
+                for target in (word for word in targets if '=' not in word):
                     assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.MULTILINE), f'{page}: {line}'
             case ['python', '-m', 'pytest', *arguments]:
                 for path in arguments:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 COMES_WITH = dict(
     cv2='onedl-mmcv', PIL='onedl-mmcv',
     rich='onedl-mmengine', yaml='onedl-mmengine', packaging='onedl-mmengine',
-    pycocotools='onedl-mmdetection', triton='torch')
+    pycocotools='onedl-mmdetection', triton='torch', fontTools='matplotlib')
 OPTIONAL = {'deepspeed', 'transformers', 'pip', 'setuptools', 'modelindex'}
 OUTDATED = 'write constraints.txt anew, its first lines say how'
 
