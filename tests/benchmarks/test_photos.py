@@ -139,6 +139,13 @@ def test_what_the_document_says_of_a_long_tail():
         'voc', 0, 0, 0)['mAP'].mean()
 
 
+def test_what_the_readme_says():
+    readme = (frozen.ROOT / 'README.md').read_text()
+    for data in ('voc', 'corel5k', 'voc-60'):
+        mean, half = render.against(columns(data, 0, 4, 0.05), columns(data, 0, 0, 0))
+        assert f'{mean:+.2f} ± {half:.2f}' in readme
+
+
 def test_what_the_document_says_of_trained_layers():
     ce, asl = (frozen.key(frozen.describe('', setting))[1:] for setting in (frozen.CE, frozen.ASL))
     at_rate = {(row['data'], row['lr'], frozen.key(row)[1:]): float(row['mAP']) for row in read_rows(last_stage.ROWS)}
