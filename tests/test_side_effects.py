@@ -64,7 +64,8 @@ def watched(tmp_path):
         noted = [line.split(maxsplit=1) for line in log.read_text().splitlines()]
         # Files that native code writes raise no audit event.
         left = {str(path) for name in ('home', 'tmp', 'cwd') for path in (tmp_path / name).rglob('*')}
-        written = {path for kind, path in noted if kind == 'write' and not path.startswith(f'{tmp_path}/tmp/')} | left
+        temporary = tmp_path / 'tmp'
+        written = {path for kind, path in noted if kind == 'write' and temporary not in Path(path).parents} | left
         written = {path.removeprefix(f'{tmp_path}/') for path in written} - {'home/.cache', 'home/.config', '/dev/null'}
         return (done.stdout, sorted(path for path in written if not path.startswith(CACHES)),
                 [address for kind, address in noted if kind == 'network'])

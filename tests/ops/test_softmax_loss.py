@@ -254,6 +254,7 @@ def test_state_and_repr():
     (dict(use_sigmoid=True), 'use_sigmoid=True.*mmasl.AsymmetricLoss'),
     (dict(reduction='batchmean'), "reduction='batchmean' must be one of"),
     (dict(loss_weight=float('inf')), 'loss_weight=inf'),
+    (dict(gamma_neg=[1., 2.]), r'gamma_neg=\[1.0, 2.0\] must be a number'),
 ], ids=str)
 def test_bad_settings(kwargs, message):
     with pytest.raises(ValueError, match=message):

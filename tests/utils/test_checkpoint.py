@@ -423,7 +423,7 @@ class Pretrained(BaseModule):
 
 @pytest.mark.parametrize('rename, prefix, outcome', [
     ('{}', None, 'fits'), ('backbone.{}', 'backbone', 'fits'), ('backbone.{}', None, "prefix='backbone.'"),
-    ('encoder.{}', None, "prefix='encoder.'"), ('{}', 'backbone.', "prefix='backbone.': no weight in a.pth")])
+    ('encoder.{}', None, "prefix='encoder.'"), ('{}', 'backbone.', 'has this prefix. Leave it out')])
 @pytest.mark.parametrize('kind', ['Pretrained', PretrainedInit], ids=['name', 'class'])
 def test_weights_of_init_cfg(tmp_path, monkeypatch, rename, prefix, outcome, kind):
     monkeypatch.chdir(tmp_path)

@@ -58,9 +58,12 @@ class CheckStateDictHook(Hook):
             if file not in self.files:
                 self.files[file] = CheckpointLoader.load_checkpoint(file, map_location='cpu')
             prefix = (init_cfg.get('prefix') or '').rstrip('.')
-            if prefix and not any(weight.startswith(f'{prefix}.') for weight in state_of(self.files[file])):
+            names, own = state_of(self.files[file]), module.state_dict()
+            if prefix and not any(weight.startswith(f'{prefix}.') for weight in names):
+                hint = 'Leave it out: the names fit without one.' if any(weight in own for weight in names) else (
+                    describe_misfit(self.files[file], own, key))
                 raise CheckpointError(f'{key}.prefix={init_cfg["prefix"]!r}: no weight in {file} has this prefix. '
-                                      f'{describe_misfit(self.files[file], module.state_dict(), key)}')
+                                      f'{hint}')
 
     def before_train(self, runner: Runner) -> None:
         files, self.files = self.files, {}

@@ -16,6 +16,17 @@ REDUCTIONS = ('none', 'mean', 'sum')
 NOTICED = 10  # training calls whose logits are compared with [0, 1]
 
 
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise ConfigError if a parameter is not one finite number in [low, high)."""
+    try:
+        inside = math.isfinite(value) and low <= value < high
+    except (TypeError, ValueError, RuntimeError):  # a text, a list, or a tensor of several numbers
+        inside = False
+    if not inside:
+        what = f'in [{low:g}, {high:g})' if math.isfinite(low) else 'that is finite'
+        raise ConfigError(f'{name}={value} must be a number {what}')
+
+
 class SettingsModule(nn.Module):
     """A module with settings that are float32 tensors outside its state dict, one number or one per class."""
 
@@ -38,7 +49,10 @@ class SettingsModule(nn.Module):
         if value is None:
             self.register_buffer(name, None, persistent=False)
             return
-        values = torch.as_tensor(value, dtype=torch.float32, device='cpu')
+        try:
+            values = torch.as_tensor(value, dtype=torch.float32, device='cpu')
+        except (TypeError, ValueError, RuntimeError):  # texts, or lists of several lengths
+            values = torch.empty(0)
         inside = (values >= 0) & ((values <= high) if closed else (values < high))
         if values.dim() > 1 or not values.numel() or not inside.all():
             raise ConfigError(f'{name}={value} must be a number in [0, {high:g}{"]" if closed else ")"}, or one such '
@@ -93,11 +107,10 @@ class AsymmetricLoss(SettingsModule):
     what the probability gap (Eq. 9-10) needs in each training call. :class:`mmasl.ProbabilityGapHook` reads it.
 
     By default ``ignore_index`` marks labels to leave out. With ``weight_unannotated`` above 0 it marks labels that
-    nobody
-    annotated: each counts as ``weight_unannotated`` negatives in the loss, its gradient, the divisor of 'mean' and the
-    probability gap. ``gamma_unannotated`` is their own focusing parameter; margin and alpha are those of negatives. The
-    two are ``alpha_unann`` and ``gamma_unann`` of the loss for partial annotations (Ben-Baruch et al., CVPR 2022,
-    arXiv 2110.10955). The selection of labels by likelihood and prior of that paper is not implemented.
+    nobody annotated: each counts as ``weight_unannotated`` negatives in the loss, its gradient, the divisor of 'mean'
+    and the probability gap. ``gamma_unannotated`` is their own focusing parameter; margin and alpha are those of
+    negatives. The two are ``alpha_unann`` and ``gamma_unann`` of the loss for partial annotations (Ben-Baruch et al.,
+    CVPR 2022, arXiv 2110.10955). The selection of labels by likelihood and prior of that paper is not implemented.
 
     - The closed-form posterior (:func:`mmasl.posterior`) is then the share of positives in which a label without
       annotation counts as ``weight_unannotated`` negatives. With ``gamma_unannotated`` there is no closed form.
@@ -157,10 +170,8 @@ class AsymmetricLoss(SettingsModule):
             raise ConfigError(f'use_sigmoid={use_sigmoid}: AsymmetricLoss is defined on sigmoids, set use_sigmoid=True')
         if reduction not in REDUCTIONS:
             raise ConfigError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
-        if not math.isfinite(loss_weight):
-            raise ConfigError(f'loss_weight={loss_weight} must be finite')
-        if not 0 <= weight_unannotated < math.inf:
-            raise ConfigError(f'weight_unannotated={weight_unannotated} must be a number in [0, inf)')
+        check_number('loss_weight', loss_weight)
+        check_number('weight_unannotated', weight_unannotated, 0)
         if weight_unannotated and ignore_index is None:
             raise ConfigError(f'weight_unannotated={weight_unannotated} is that of labels marked by ignore_index: set '
                               'that too, to -1 for mmasl.OpenImages')

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mmasl.errors import ConfigError, DataError
-from mmasl.models.losses.asymmetric_loss import REDUCTIONS, SettingsModule, as_divisor
+from mmasl.models.losses.asymmetric_loss import REDUCTIONS, SettingsModule, as_divisor, check_number
 from mmasl.ops.functional import asymmetric_softmax_loss
 
 
@@ -59,12 +59,10 @@ class AsymmetricSoftmaxLoss(SettingsModule):
                               'use_sigmoid=False, or use mmasl.AsymmetricLoss')
         if reduction not in REDUCTIONS:
             raise ConfigError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
-        for name, value, high in (('gamma_pos', gamma_pos, math.inf), ('gamma_neg', gamma_neg, math.inf),
-                                  ('smoothing', smoothing, 1)):
-            if not 0 <= value < high:
-                raise ConfigError(f'{name}={value} must be a number in [0, {high:g})')
-        if not math.isfinite(loss_weight):
-            raise ConfigError(f'loss_weight={loss_weight} must be finite')
+        check_number('gamma_pos', gamma_pos, 0)
+        check_number('gamma_neg', gamma_neg, 0)
+        check_number('smoothing', smoothing, 0, 1)
+        check_number('loss_weight', loss_weight)
         self.register_setting('class_weight', class_weight, math.inf, False)
         self.gamma_pos = gamma_pos
         self.gamma_neg = gamma_neg
