@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text()
          for path in (ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md')),
                       *sorted((ROOT / 'configs').rglob('*.md')))}
-CONFIG, CHECKPOINT = 'configs/digits/resnet_asl_digits.py', 'work_dirs/demo/resnet_asl_digits/epoch_3.pth'
+CONFIG, CHECKPOINT = 'configs/digits/resnet_asl_digits.py', 'work_dirs/demo/resnet_asl_digits/epoch_4.pth'
 LINKED = ('configs', 'model-index.yml', 'metafile.yml')  # from the repository, in the current folder of an example
 
 
