@@ -66,8 +66,8 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.monotonic()
     print('Cross-entropy, focal loss and ASL on handwritten digits: first three classifiers, then two detectors, after '
-          'a\none-time preparation. On 2 idle cores the trainings take less than 12 minutes. An interrupted demo goes '
-          'on\nwhere it stopped.', flush=True)
+          'a\none-time preparation. On 2 idle cores the first table takes about 6 minutes, all trainings about 11. An '
+          'interrupted\ndemo goes on where it stopped.', flush=True)
 
     print('== data and pre-training on single digits', flush=True)
     DigitScenes(size=32, single=True, labels_per_image=1).write('data/glyphs')
