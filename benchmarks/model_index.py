@@ -36,7 +36,6 @@ DATA = {  # by the part of a config's name: data set and task
     'digits_paper': ('digits, long tail and missing labels', 'Multi-Label Classification'),
     'digits': ('digits', 'Multi-Label Classification')}
 DETECTORS = ('fcos', 'atss')
-DEMO = {'cross-entropy': 'bce', 'focal loss': 'focal', 'ASL': 'asl'}  # rows of benchmarks/demo/results.md
 SEEDS = {'fixed 4': 'resnet_asl_digits_hard', 'adaptive, target 0.1 (default)': 'resnet_adaptive_digits_hard'}
 
 
@@ -95,12 +94,6 @@ def measured() -> dict[str, dict[str, list[float]]]:
         ValueError: There are scores of a config that does not exist.
     """
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    lines = [[cell.strip() for cell in line.strip('|').split('|')]
-             for line in (ROOT / 'benchmarks/demo/results.md').read_text().splitlines() if line.startswith('|')]
-    for cells in lines[2:]:
-        row = dict(zip(lines[0], cells))
-        for key in ('mAP', 'CF1', 'OF1'):
-            found[f'resnet_{DEMO[row["loss"]]}_digits'][key].append(float(row[key]))
     for row in read_rows(ROOT / 'benchmarks/adaptive/seeds.csv'):
         for key in ('mAP', 'CF1') if row['method'] in SEEDS else ():
             found[SEEDS[row['method']]][key].append(float(row[key]))

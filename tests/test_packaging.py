@@ -137,7 +137,7 @@ def classifiers():
 
 def test_model_hub_lists_every_classifier(classifiers):
     assert set(classifiers) == {path.stem for path in model_index.config_files() if not model_index.is_detector(path)}
-    assert {'resnet_asl_digits', 'resnet_bce_digits'} <= set(list_models(task='Multi-Label Classification'))
+    assert {'resnet_asl_digits_hard', 'resnet_bce_digits_paper'} <= set(list_models(task='Multi-Label Classification'))
 
 
 @pytest.mark.parametrize('name, changes, device', [
