@@ -91,14 +91,20 @@ class _Differentiable:
             setup_context(ctx, inputs, output)
             return output
 
+        once = once_differentiable(backward)
+
+        def first_order(ctx: Any, *upstream: Any) -> Any:
+            # once_differentiable matters, and costs its microseconds, only with create_graph=True.
+            return (once if torch.is_grad_enabled() else backward)(ctx, *upstream)
+
         self.operator = torch.library.custom_op(f'mmasl::{name}', forward, mutates_args=())
-        self.operator.register_autograd(backward, setup_context=setup_context)
+        self.operator.register_autograd(first_order, setup_context=setup_context)
         self.plain: Any
         self.transformable: Any
         self.plain, self.transformable = (
             type(name, (torch.autograd.Function, ), {key: staticmethod(value) for key, value in functions.items()})
-            for functions in (dict(forward=forward_with_context, backward=backward),
-                              dict(forward=forward, setup_context=setup_context, backward=backward)))
+            for functions in (dict(forward=forward_with_context, backward=first_order),
+                              dict(forward=forward, setup_context=setup_context, backward=first_order)))
         self.transformable.generate_vmap_rule = True
 
     def __call__(self, *inputs: Any) -> Any:
@@ -256,7 +262,6 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     ctx.save_for_backward(*([grad] if ctx.kept else tensors))
 
 
-@once_differentiable
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None, ) * 17
@@ -391,7 +396,6 @@ def _softmax_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor
     ctx.dtype = inputs[0].dtype
 
 
-@once_differentiable
 def _softmax_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     grad = None if upstream is None else torch_impl.saturate(
         scale_gradient(ctx.saved_tensors[0], upstream.unsqueeze(-1)), ctx.dtype)

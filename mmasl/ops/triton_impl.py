@@ -180,7 +180,10 @@ def run(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_s
             """The tensor and its strides by image, row and class."""
             if x is None:
                 return None, 0, 0, 0
-            x = x.expand(logits.shape).reshape(outer, inner, classes)
+            x = x if x.shape == logits.shape else x.expand(logits.shape)
+            if x.dim() == 2:  # a single image; on small batches each view counts
+                return x, 0, x.stride(0), x.stride(1)
+            x = x.reshape(outer, inner, classes)
             return x, x.stride(0), x.stride(1), x.stride(2)
 
         target = target.view(torch.uint8) if target.dtype == torch.bool else target

@@ -221,7 +221,8 @@ class AsymmetricLoss(SettingsModule):
         reduction = reduction_override or self.reduction
         if reduction not in REDUCTIONS:
             raise ConfigError(f'reduction_override={reduction!r} must be one of {REDUCTIONS}')
-        if self.training and not (self.activated or torch.compiler.is_compiling() or transformed()):
+        if self._calls < 2 * NOTICED and self.training and not (
+                self.activated or torch.compiler.is_compiling() or transformed()):
             self._notice_probabilities(pred)
         if self.activated:
             pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
