@@ -26,8 +26,9 @@ _MODULES = {
                            'MultiLabelLinearClsHead', 'Query2LabelHead'],
     'mmasl.models.losses': ['AsymmetricLoss', 'AsymmetricSoftmaxLoss'],
     'mmasl.models.tta': ['MultiLabelTTAModel'],
-    'mmasl.ops': ['asymmetric_loss', 'asymmetric_softmax_loss', 'linear_asymmetric_loss', 'posterior',
-                  'posterior_log_odds', 'posterior_threshold', 'posterior_upper_bound', 'use_implementation'],
+    'mmasl.ops': ['asymmetric_loss', 'asymmetric_softmax_loss', 'effective_number_weights', 'inverse_frequency_weights',
+                  'linear_asymmetric_loss', 'positive_weights', 'posterior', 'posterior_log_odds',
+                  'posterior_threshold', 'posterior_upper_bound', 'use_implementation'],
 }
 _LOCATIONS = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = list(_LOCATIONS)

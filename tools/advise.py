@@ -12,10 +12,12 @@ from contextlib import contextmanager, redirect_stdout
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from mmengine.config import Config, DictAction
 from mmengine.registry import DefaultScope
 
 from mmasl.analysis.advice import advise
+from mmasl.analysis.label_statistics import WEIGHTS, LabelStatistics
 from mmasl.analysis.probe_report import check_config, compare_settings
 from mmasl.errors import ConfigError
 from mmasl.utils.checkpoint import safe_checkpoint_loading
@@ -37,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--batches', type=int, default=4, help='number of training batches to run (default: 4)')
     parser.add_argument('--gpus', type=int, default=1, help='number of GPUs of the planned run (default: 1)')
     parser.add_argument('--plot', metavar='FILE', help='plot the number of labels per class (.png, .svg, .pdf)')
+    parser.add_argument('--weights', nargs='+', metavar=('KIND', 'KEY=VALUE'),
+                        help=f'add weights by class to the suggestion ({", ".join(WEIGHTS)}), with beta, or '
+                        'temperature and cap, as in --weights positive temperature=2 cap=10')
     parser.add_argument('--probe', action='store_true', help='compare the settings of the ladder on the training data')
     parser.add_argument('--probe-images', type=int, default=2000, help='training images to sample (default: 2000)')
     parser.add_argument('--probe-minutes', type=float, default=10, help='time limit of the probe (default: 10)')
@@ -56,6 +61,7 @@ def configure(args: argparse.Namespace) -> Config:
     if args.probe_images < MIN_IMAGES or args.probe_minutes <= 0:
         raise ConfigError(f'--probe-images {args.probe_images} --probe-minutes {args.probe_minutes:g}: give '
                           f'{MIN_IMAGES} images or more, and more than 0 minutes')
+    args.weights = parse_weights(args.weights) if args.weights else None
     if args.plot and not args.plot.endswith(('.png', '.svg', '.pdf')):
         raise ConfigError(f'--plot {args.plot}: give a .png, .svg or .pdf file')
     cfg = load_config(args)
@@ -71,6 +77,18 @@ def configure(args: argparse.Namespace) -> Config:
     if 'data_preprocessor' in cfg:  # as MMEngine's Runner does
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     return cfg
+
+
+def parse_weights(words: list[str]) -> tuple[str, dict[str, float]]:
+    """Kind and options of weights by class. Unknown and impossible ones are refused before the labels are counted."""
+    kind, *given = words
+    try:
+        options = {key: float(value) for key, _, value in (word.partition('=') for word in given)}
+    except ValueError:
+        raise ConfigError(f'--weights {" ".join(words)}: give options as KEY=NUMBER') from None
+    one = np.ones(1, int)
+    LabelStatistics(('', ), one, one, one, 0, 'multi-label').loss_weights(kind, **options)
+    return kind, options
 
 
 @contextmanager
@@ -93,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     # Libraries print progress; only the report goes to stdout.
     with (only_errors_logged(), redirect_stdout(sys.stderr),
           DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine'))):
-        report_parts = advise(cfg, args.config, args.batches, args.gpus, args.plot, progress)
+        report_parts = advise(cfg, args.config, args.batches, args.gpus, args.plot, args.weights, progress)
         measured = compare_settings(cfg, args.config, args.probe_images, args.probe_minutes, args.probe_cache,
                                     progress) if args.probe else ()
         for paragraph in chain(report_parts, measured):

@@ -38,6 +38,7 @@ Progress = Callable[[Iterable, str], Iterable]
 
 
 def advise(cfg: Config, config: str, batches: int = 4, gpus: int = 1, plot: str | None = None,
+           weights: tuple[str, dict[str, float]] | None = None,
            progress: Progress = lambda items, what: items) -> Iterator[str]:
     """Give advice on the loss of a config.
 
@@ -47,18 +48,20 @@ def advise(cfg: Config, config: str, batches: int = 4, gpus: int = 1, plot: str 
         batches: Number of training batches to run through the model.
         gpus: Number of GPUs of the planned run.
         plot: File for a plot of the labels of each class, .png, .svg or .pdf.
+        weights: Kind and options of :meth:`LabelStatistics.loss_weights` to add to the suggestion; None for none.
         progress: Wraps slow loops. Its second argument describes the step.
 
     Yields:
         Paragraphs of the report.
 
     Raises:
-        ConfigError: A head has another number of classes than the training data.
+        ConfigError: A head has another number of classes than the training data, or there are no such weights.
         DataError: See :func:`mmasl.analysis.label_statistics.count_labels`.
     """
     torch.manual_seed(0)
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
     stats = count_labels(loader.dataset, progress)
+    by_class = stats.loss_weights(weights[0], **weights[1]) if weights else {}
     yield f'## Data\n{describe_labels(stats)}'
     if plot:
         plot_labels(stats, plot)
@@ -86,7 +89,7 @@ def advise(cfg: Config, config: str, batches: int = 4, gpus: int = 1, plot: str 
         yield ('No classification loss with sigmoids was called (loss_cls of a detector, loss of a classifier). There '
                'is none to replace.')
     else:
-        yield from describe_suggestion(cfg, config, stats, site, suggestion)
+        yield from describe_suggestion(cfg, config, stats, site, suggestion, by_class)
         if unused := [other.key for other in sites if not other.form]:
             yield f'Not called in these batches; replace them in the same way: {", ".join(unused)}.'
         yield describe_ladder(stats)
@@ -249,8 +252,8 @@ def describe_gradient(site: LossSite, suggestion: Suggestion) -> str:
         markdown_table(rows, head, aligned=True)])
 
 
-def describe_suggestion(cfg: Config, config: str, stats: LabelStatistics, site: LossSite,
-                        suggestion: Suggestion) -> Iterator[str]:
+def describe_suggestion(cfg: Config, config: str, stats: LabelStatistics, site: LossSite, suggestion: Suggestion,
+                        weights: dict[str, list[float]]) -> Iterator[str]:
     """Describe the suggestion, and write it as a config."""
     share = site.settings[suggestion.rung].share
     low_start = share > 0.99 and stats.kind != 'detection'
@@ -260,9 +263,17 @@ def describe_suggestion(cfg: Config, config: str, stats: LabelStatistics, site: 
         (f'In these batches positives have {share:.1%} of the gradient with this setting, and '
          f'{site.settings[CROSS_ENTROPY].share:.1%} with cross-entropy.'),
         *(['Negatives have almost no gradient at first because the head starts low, so all probabilities rise first.']
-          if low_start else [])])
+          if low_start else []),
+        *(f'- {name}: {describe_weights(stats, values)}' for name, values in weights.items())])
     base = './' + osp.basename(config)
-    yield f'```python\n{write_config(cfg, base, site, suggestion)}\n```'
+    yield f'```python\n{write_config(cfg, base, site, suggestion, weights)}\n```'
+
+
+def describe_weights(stats: LabelStatistics, weights: list[float]) -> str:
+    """Describe weights by class."""
+    low, high = int(np.argmin(weights)), int(np.argmax(weights))
+    empty = f'; a count of 0 counts as 1 ({len(stats.empty)} classes)' if stats.empty else ''
+    return f'from {weights[low]:g} ({stats.classes[low]}) to {weights[high]:g} ({stats.classes[high]}){empty}'
 
 
 def describe_ladder(stats: LabelStatistics) -> str:

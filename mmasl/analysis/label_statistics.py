@@ -1,11 +1,20 @@
 """Counts the labels of a training set."""
+import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from mmasl.errors import DataError
+from mmasl.errors import ConfigError, DataError
+from mmasl.ops import effective_number_weights, inverse_frequency_weights, positive_weights
+
+WEIGHTS: dict[str, tuple[str, Callable[..., Tensor]]] = dict(  # argument of the losses, and what computes it
+    inverse_frequency=('class_weight', inverse_frequency_weights),
+    effective_number=('class_weight', effective_number_weights),
+    positive=('pos_weight', positive_weights))
 
 
 @dataclass(frozen=True)
@@ -15,12 +24,14 @@ class LabelStatistics:
     Args:
         classes: Names of the C classes.
         counts: Number of images (classification) or objects (detection) of each class, (C,).
+        negatives: Number of images that lack each class, without those where its label is ignored, (C,).
         per_image: Number of labels or objects of each image, (N,).
         ignored: Number of ignored labels: -1 in a multi-label set, crowds in detection.
         kind: 'multi-label', 'single-label' or 'detection'.
     """
     classes: tuple[str, ...]
     counts: np.ndarray
+    negatives: np.ndarray
     per_image: np.ndarray
     ignored: int
     kind: str
@@ -55,8 +66,34 @@ class LabelStatistics:
             weight_unannotated: Number of negatives that an ignored label counts as, as in the loss.
         """
         positives = self.counts.sum()
-        negatives = self.images * len(self.classes) - self.ignored - positives
-        return (negatives + weight_unannotated * self.ignored) / positives
+        return (self.negatives.sum() + weight_unannotated * self.ignored) / positives
+
+    def loss_weights(self, kind: str, **options: float) -> dict[str, list[float]]:
+        """Weights by class, as arguments of the losses, with 4 significant digits.
+
+        Args:
+            kind: 'inverse_frequency', 'effective_number' or 'positive': the function of :mod:`mmasl.ops` that computes
+                them.
+            **options: Keyword arguments of that function.
+
+        Returns:
+            The weights by the name of the argument, ``class_weight`` or ``pos_weight``.
+
+        Raises:
+            ConfigError: The kind or an option is unknown or out of its range, or the kind needs the negatives of a
+                detector.
+        """
+        if kind not in WEIGHTS:
+            raise ConfigError(f'weights {kind!r} are unknown: use one of {", ".join(WEIGHTS)}')
+        name, function = WEIGHTS[kind]
+        known = inspect.getfullargspec(function).kwonlyargs
+        if unknown := ', '.join(sorted(options.keys() - known)):
+            raise ConfigError(f'weights {kind!r} have no option {unknown}; known: {", ".join(known) or "none"}')
+        if name == 'pos_weight' and self.kind == 'detection':
+            raise ConfigError('the number of negatives of a detector depends on its head: use the weights '
+                              'inverse_frequency or effective_number, or alpha')
+        counts = (self.counts, self.negatives) if name == 'pos_weight' else (self.counts, )
+        return {name: [float(f'{weight:.4g}') for weight in function(*counts, **options).tolist()]}
 
 
 def count_labels(dataset: Any, progress: Callable[[Iterable, str], Iterable] = lambda items, what: items,
@@ -74,32 +111,40 @@ def count_labels(dataset: Any, progress: Callable[[Iterable, str], Iterable] = l
         dataset = dataset.dataset
     if hasattr(dataset, 'full_init'):
         dataset.full_init()
-    kinds, found, ignored = set(), [], 0
+    kinds, found, per_image = set(), Counter[int](), []
+    ignored: Any = 0  # of each class
     for index in progress(range(len(dataset)), 'labels'):
         kind, labels, left_out = read_labels(dataset.get_data_info(index))
         kinds.add(kind)
-        found.append(labels)
-        ignored += left_out
-    everything = [label for labels in found for label in labels]
-    if not everything:
-        raise DataError(f'none of the {len(found)} training images has a label: check the annotation file and '
+        found.update(labels)
+        per_image.append(len(labels))
+        ignored = ignored + left_out
+    if not found:
+        raise DataError(f'none of the {len(per_image)} training images has a label: check the annotation file and '
                         'metainfo.classes')
-    classes = dataset.metainfo.get('classes') or range(max(everything) + 1)
-    if not 0 <= min(everything) <= max(everything) < len(classes):
-        raise DataError(f'the training labels range from {min(everything)} to {max(everything)}, but metainfo.classes '
+    classes = dataset.metainfo.get('classes') or range(max(found) + 1)
+    if not 0 <= min(found) <= max(found) < len(classes):
+        raise DataError(f'the training labels range from {min(found)} to {max(found)}, but metainfo.classes '
                         f'has {len(classes)} names: correct metainfo.classes')
-    return LabelStatistics(tuple(map(str, classes)), np.bincount(everything, minlength=len(classes)),
-                           np.array([len(labels) for labels in found]), ignored, max(kinds))
+    if np.size(ignored) not in (1, len(classes)):
+        raise DataError(f'gt_score has {len(ignored)} values, but metainfo.classes has {len(classes)} names: correct '
+                        'metainfo.classes')
+    counts = np.array([found[label] for label in range(len(classes))])
+    kind = max(kinds)
+    return LabelStatistics(
+        tuple(map(str, classes)), counts, len(per_image) - counts - (0 if kind == 'detection' else ignored),
+        np.array(per_image), int(np.sum(ignored)), kind)
 
 
-def read_labels(info: dict) -> tuple[str, list[int], int]:
+def read_labels(info: dict) -> tuple[str, list[int], int | np.ndarray]:
     """Read the labels of one sample.
 
     Args:
         info: What ``get_data_info`` of a data set returns.
 
     Returns:
-        Kind of the data as in :class:`LabelStatistics`, the positive labels, and the number of ignored labels.
+        Kind of the data as in :class:`LabelStatistics`, the positive labels, and the number of ignored labels: 0 or 1
+        for each class of a multi-label set, (C,).
 
     Raises:
         DataError: The sample has no labels.
@@ -109,7 +154,7 @@ def read_labels(info: dict) -> tuple[str, list[int], int]:
         return 'detection', labels, len(info['instances']) - len(labels)
     if 'gt_score' in info:
         score = np.asarray(info['gt_score'])
-        return 'multi-label', np.flatnonzero(score > 0).tolist(), int((score < 0).sum())
+        return 'multi-label', np.flatnonzero(score > 0).tolist(), (score < 0).astype(int)
     if 'gt_label' not in info:
         raise DataError(f"{info.get('img_path', 'a sample')} has no gt_label, gt_score or instances: use the annotated "
                         'training set')

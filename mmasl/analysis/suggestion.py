@@ -1,4 +1,5 @@
 """Suggests a setting of the loss for a training set: the paper's setting for the most similar data."""
+import textwrap
 from dataclasses import dataclass, replace
 
 from mmengine.config import Config
@@ -71,7 +72,8 @@ def suggest(stats: LabelStatistics, site: LossSite | None) -> Suggestion:
     return Suggestion(setting, tuple(reasons))
 
 
-def write_config(cfg: Config, base: str, site: LossSite, suggestion: Suggestion) -> str:
+def write_config(cfg: Config, base: str, site: LossSite, suggestion: Suggestion,
+                 weights: dict[str, list[float]] | None = None) -> str:
     """Write a config that inherits from ``base`` and has the suggested loss.
 
     Other settings of the replaced loss are kept: its weights and reduction, probabilities as input, and the treatment
@@ -82,6 +84,7 @@ def write_config(cfg: Config, base: str, site: LossSite, suggestion: Suggestion)
         base: Path of the config as the new one inherits it.
         site: The loss to replace.
         suggestion: The setting.
+        weights: Weights by class, by the name of their argument. They replace those of the replaced loss.
     """
     place, old = site.key.split('.'), loss_config(cfg, site)
     setting = suggestion.setting
@@ -94,6 +97,8 @@ def write_config(cfg: Config, base: str, site: LossSite, suggestion: Suggestion)
         loss |= {key: old[key] for key in ('class_weight', 'pos_weight', 'detach_focusing', 'reduction', 'ignore_index',
                                            'weight_unannotated', 'gamma_unannotated') if key in old}
         loss |= {key: old[key] for key in ('alpha', ) if key in loss and key in old}
+    if weights:
+        loss = {key: value for key, value in loss.items() if key not in ('class_weight', 'pos_weight')} | weights
     imports = list((cfg.get('custom_imports') or {}).get('imports', []))
     imports += [] if 'mmasl' in imports else ['mmasl']
     if any(key.isdigit() for key in place):
@@ -124,7 +129,9 @@ def type_name(kind: str | type | None) -> str:
 
 
 def _format(value: object, depth: int = 1) -> str:
-    """Format a dict as configs do, with one key per line."""
+    """Format a dict as configs do, with one key per line, and a list in lines of at most 90 characters."""
+    if isinstance(value, list):  # of numbers
+        return textwrap.fill(repr(value), 90, subsequent_indent=4 * depth * ' ')
     if not isinstance(value, dict):
         return repr(value)
     lines = (f'{4 * depth * " "}{key}={_format(inner, depth + 1)}' for key, inner in value.items())

@@ -12,7 +12,7 @@ from mmasl.analysis.suggestion import LADDER
 def stats_of(counts, images: int = 10, kind: str = 'multi-label', ignored: int = 0) -> LabelStatistics:
     counts = np.array(counts)
     per_image = np.full(images, counts.sum() // images)
-    return LabelStatistics(tuple('abcdefgh'[:len(counts)]), counts, per_image, ignored, kind)
+    return LabelStatistics(tuple('abcdefgh'[:len(counts)]), counts, images - counts, per_image, ignored, kind)
 
 
 def watched(module: nn.Module, *args, settings=None, key='model.head.loss', **kwargs) -> LossSite:

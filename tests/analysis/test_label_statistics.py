@@ -4,7 +4,7 @@ import pytest
 from mmengine.dataset import BaseDataset, RepeatDataset
 
 from mmasl.analysis.label_statistics import LabelStatistics, count_labels
-from mmasl.errors import DataError
+from mmasl.errors import ConfigError, DataError
 
 
 class Data(BaseDataset):
@@ -26,16 +26,16 @@ def objects(*labels: int, ignored: tuple = ()) -> dict:
     return dict(instances=[dict(bbox_label=label, ignore_flag=int(i in ignored)) for i, label in enumerate(labels)])
 
 
-@pytest.mark.parametrize('data, kind, counts, per_image, ignored', (
-    (Data(*labelled([0, 1], [1], [])), 'multi-label', [1, 2, 0], [2, 1, 0], 0),
+@pytest.mark.parametrize('data, kind, counts, negatives, per_image, ignored', (
+    (Data(*labelled([0, 1], [1], [])), 'multi-label', [1, 2, 0], [2, 1, 3], [2, 1, 0], 0),
     (Data(dict(gt_score=np.array([1., -1, 0]), gt_label=[0]), dict(gt_score=np.array([0., 1, 0.5]))), 'multi-label',
-     [1, 1, 1], [1, 2], 1),
-    (Data(*labelled(2, np.int64(0), 2)), 'single-label', [1, 0, 2], [1, 1, 1], 0),
-    (Data(objects(0, 0, 1, ignored=(1, )), objects()), 'detection', [1, 1, 0], [2, 0], 1)))
-def test_counts(data, kind, counts, per_image, ignored):
+     [1, 1, 1], [1, 0, 1], [1, 2], 1),
+    (Data(*labelled(2, np.int64(0), 2)), 'single-label', [1, 0, 2], [2, 3, 1], [1, 1, 1], 0),
+    (Data(objects(0, 0, 1, ignored=(1, )), objects()), 'detection', [1, 1, 0], [1, 1, 2], [2, 0], 1)))
+def test_counts(data, kind, counts, negatives, per_image, ignored):
     stats = count_labels(data)
-    assert (stats.kind, stats.counts.tolist(), stats.per_image.tolist(), stats.ignored) == (
-        kind, counts, per_image, ignored)
+    assert (stats.kind, stats.counts.tolist(), stats.negatives.tolist(), stats.per_image.tolist(), stats.ignored) == (
+        kind, counts, negatives, per_image, ignored)
     assert stats.classes == ('a', 'b', 'c') and stats.images == len(data)
 
 
@@ -51,6 +51,7 @@ def test_classes_without_names_are_numbered():
 @pytest.mark.parametrize('data, message', (
     (Data(*labelled([], [])), 'none of the 2 training images has a label'),
     (Data(*labelled([0], [3])), 'labels range from 0 to 3, but metainfo.classes has 3 names'),
+    (Data(dict(gt_score=np.array([1., 0]))), 'gt_score has 2 values, but metainfo.classes has 3'),
     (Data(dict(img_path='x.jpg')), 'x.jpg has no gt_label')))
 def test_labels_that_cannot_be_counted(data, message):
     with pytest.raises(DataError, match=message):
@@ -58,7 +59,26 @@ def test_labels_that_cannot_be_counted(data, message):
 
 
 def test_imbalance():
-    stats = LabelStatistics(tuple('abcd'), np.array([3, 0, 12, 5]), np.full(10, 2), 4, 'multi-label')
+    stats = LabelStatistics(tuple('abcd'), np.array([3, 0, 12, 5]), np.array([7, 8, 0, 1]), np.full(10, 2), 4,
+                            'multi-label')
     assert stats.negatives_per_positive() == (10 * 4 - 4 - 20) / 20
     assert stats.negatives_per_positive(0.25) == (10 * 4 - 4 - 20 + 1) / 20
     assert stats.order.tolist() == [2, 3, 0] and stats.imbalance == 4 and stats.empty == ['b']
+
+
+def test_weights_of_the_losses():
+    stats = count_labels(Data(dict(gt_score=np.array([1., -1, 0])), dict(gt_score=np.array([0., 1, 0])),
+                              dict(gt_score=np.array([1., 0, 0]))))  # 2:1, 1:1 and 0:3
+    assert stats.loss_weights('positive') == dict(pos_weight=[0.5, 1, 3])
+    assert stats.loss_weights('positive', temperature=2, cap=1.5) == dict(pos_weight=[0.7071, 1, 1.5])
+    assert stats.loss_weights('inverse_frequency') == dict(class_weight=[0.6, 1.2, 1.2])
+    assert stats.loss_weights('effective_number', beta=0) == dict(class_weight=[1, 1, 1])
+
+
+@pytest.mark.parametrize('kind, options, message', [
+    ('inverse', {}, "'inverse' are unknown: use one of inverse_frequency, effective_number, positive"),
+    ('positive', dict(beta=0.9), "'positive' have no option beta; known: temperature, cap"),
+    ('positive', {}, 'negatives of a detector')])
+def test_weights_that_there_are_not(kind, options, message):
+    with pytest.raises(ConfigError, match=message):
+        count_labels(Data(objects(0, 1))).loss_weights(kind, **options)

@@ -34,7 +34,8 @@ def test_suggestion_for_open_images(weight, expected):
     """App. F's, if ten of an image's 9,605 labels are annotated, three of them positive, and the rest has a weight."""
     images, classes = 1000, 9605
     stats = LabelStatistics(tuple(map(str, range(classes))), np.bincount(np.arange(3 * images), minlength=classes),
-                            np.full(images, 3), images * (classes - 10), 'multi-label')
+                            np.full(classes, 7 * images / classes), np.full(images, 3), images * (classes - 10),
+                            'multi-label')
     loss = dict(ignore_index=-1, weight_unannotated=weight) if weight else {}
     suggestion = suggest(stats, classifier(0., **loss))
     assert suggestion.setting == expected

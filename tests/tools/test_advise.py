@@ -81,6 +81,17 @@ def test_classifier(advise):
     assert '## Findings: 1' in report and 'classes have no label' in report
 
 
+def test_weights_by_class(advise):
+    text = RANDOM + "\nmodel['head'] = dict(init_cfg=None, loss=dict(class_weight=2., pos_weight=3.))"
+    report = advise('resnet_asl_digits.py', text, '--weights', 'positive', 'temperature=2', 'cap=2.5')
+    assert re.search(r'- pos_weight: from [\d.]+ \([a-z]+ \d\) to 2.5 \([a-z]+ \d\); a count of 0 counts as 1', report)
+    loss = snippet(report).model.head.loss
+    assert len(loss.pos_weight) == 40 and max(loss.pos_weight) == 2.5 and 'class_weight' not in loss
+    assert max(map(len, Path('suggested.py').read_text().splitlines())) <= 120
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        assert MODELS.build(loss).pos_weight.tolist() == pytest.approx(loss.pos_weight)
+
+
 def test_classifier_with_every_mistake(advise):
     report = advise('resnet_bce_digits.py', """
 model = dict(backbone=dict(init_cfg=dict(checkpoint='https://host/weights.pth')), head=dict(
@@ -191,12 +202,14 @@ def test_local_weights_are_kept():
 
 @pytest.mark.parametrize('text, argv, message', (
     ('', ['--batches', '0'], '--batches 0: give 1'),
+    ('', ['--weights', 'positive', 'cap=much'], '--weights positive cap=much: give options as KEY=NUMBER'),
+    ('', ['--weights', 'positive', 'cap=0'], 'cap=0.0 must be a number > 0'),
     ('', ['--plot', 'x.txt'], 'give a .png, .svg or .pdf file'),
     ('', ['--cfg-options', 'train_dataloader.dataset.ann_file=gone.json'], 'gone.json'),
     ('train_dataloader = None', [], 'c.py has no train_dataloader'),
     ('model = dict(head=dict(num_classes=10))', [], 'model.head has num_classes=10, but the training data has 40'),
     ("train_dataloader['dataset']['classes'] = ['red 0', 'none']", [], 'none')),
-    ids=('batches', 'plot', 'data', 'loader', 'classes', 'labels'))
+    ids=('batches', 'weights', 'cap', 'plot', 'data', 'loader', 'classes', 'labels'))
 def test_refusals(text, argv, message, advise):
     if text.startswith('model'):
         text += "\nmodel['backbone'] = dict(init_cfg=None)"
