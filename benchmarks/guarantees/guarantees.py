@@ -1,25 +1,32 @@
 """Check promised recall and precision over random splits of predictions, against tuned thresholds.
 
 Each split calibrates thresholds on one half of the images and measures them on the other half. Predictions are those of
-a config and a checkpoint on the validation set, or an .npz file with logits (N, C) and labels (N, C).
+a config and a checkpoint on the validation set, of an .npz file with logits (N, C) and labels (N, C), or of linear
+heads with ASL on the frozen features of benchmarks/photos/frozen.py.
 """
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-
-from mmasl.analysis.guarantees import guarantee_precision, guarantee_recall
-from mmasl.errors import ConfigError
-from mmasl.reproduce.runs import read_rows, write_rows
-from mmasl.utils.checkpoint import safe_checkpoint_loading
-from mmasl.utils.markdown import fill_blocks, markdown_table
-from mmasl.utils.tools import exit_on_user_error, progress
+import torch
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from benchmarks.photos import frozen  # noqa: E402
+from mmasl.analysis.guarantees import guarantee_precision, guarantee_recall  # noqa: E402
+from mmasl.analysis.probe import fit_heads, search  # noqa: E402
+from mmasl.errors import ConfigError  # noqa: E402
+from mmasl.reproduce.runs import read_rows, write_rows  # noqa: E402
+from mmasl.utils.checkpoint import safe_checkpoint_loading  # noqa: E402
+from mmasl.utils.markdown import fill_blocks, markdown_table  # noqa: E402
+from mmasl.utils.tools import exit_on_user_error, progress  # noqa: E402
+
 ROWS, PAGE = Path(__file__).with_suffix('.csv'), ROOT / 'docs' / 'evaluation.md'
 PROMISES = [('recall', 0.9), ('recall', 0.95), ('precision', 0.8), ('precision', 0.9)]
+FROZEN = [name for name, data in frozen.DATA.items() if not data.missing]
 Data = tuple[np.ndarray, np.ndarray]
 
 
@@ -134,10 +141,21 @@ def fill_page(text: str) -> str:
     return fill_blocks(text, {'guarantees': lambda data: render([row for row in rows if row['data'] == data])})
 
 
+def predict_frozen(name: str, features: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Data:
+    """Logits and labels of the test images, by a linear head with ASL and searched learning rate on frozen features."""
+    (x, y), (x_test, y_test) = features['train'], features['test']
+    epochs = frozen.EPOCHS[name]
+    trial, _ = search(x, y, frozen.ASL, folds=frozen.FOLDS[name], epochs=epochs)
+    weights, biases = fit_heads(x, y, torch.arange(len(x))[None], frozen.ASL, [trial], epochs=epochs)
+    return torch.addmm(biases[0, 0], x_test, weights[0, 0]).numpy(), y_test.numpy()
+
+
 def load(args: argparse.Namespace) -> Data:
     if args.config.endswith('.npz'):
         content = np.load(args.config)
         logits, labels = content['logits'], content['labels']
+    elif args.config in FROZEN:
+        logits, labels = predict_frozen(args.config, frozen.load_features(frozen.parse_args([]), args.config))
     else:
         from tools import calibrate
         flags = calibrate.parse_args(calibrate.build_parser(), [args.config, args.checkpoint or '', '--work-dir',
@@ -151,8 +169,8 @@ def load(args: argparse.Namespace) -> Data:
 @safe_checkpoint_loading()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config, or .npz file')
-    parser.add_argument('checkpoint', nargs='?', help='checkpoint; not with an .npz file')
+    parser.add_argument('config', help=f'config, .npz file, or frozen features: {", ".join(FROZEN)}')
+    parser.add_argument('checkpoint', nargs='?', help='checkpoint of a config')
     parser.add_argument('--name', required=True, help='name of the data in the rows')
     parser.add_argument('--splits', type=int, default=1000, help='number of random splits (default: 1000)')
     args = parser.parse_args(argv)

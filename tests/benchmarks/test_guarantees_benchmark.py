@@ -1,8 +1,10 @@
 """benchmarks/guarantees/guarantees.py: its tuned thresholds and summary, and the page against its rows."""
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.guarantees import guarantees
+from mmasl.evaluation.functional import roc_auc
 from mmasl.reproduce.runs import read_rows
 
 SCORES = np.array([[0.9], [0.8], [0.7], [0.6], [0.5], [0.4]])
@@ -43,3 +45,13 @@ def test_the_page_shows_what_was_measured():
     for row in rows:  # the means over splits and classes, or images, keep what conformal risk control promises
         if row['kind'] == 'recall' and 'promised' in row['method']:
             assert float(row['lowest']) >= 100 * float(row['level']) - 0.05 * (row['method'] == 'promised by image')
+
+
+def test_predictions_from_frozen_features(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 4, generator=generator)
+    y = (x[:, :2] > 0.5).to(torch.int8)
+    monkeypatch.setitem(guarantees.frozen.EPOCHS, 'voc', 5)
+    logits, labels = guarantees.predict_frozen('voc', dict(train=(x[:200], y[:200]), test=(x[200:], y[200:])))
+    assert logits.shape == (100, 2) and (labels == y[200:].numpy()).all()
+    assert roc_auc(logits, labels).min() > 0.95
