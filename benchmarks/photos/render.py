@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from benchmarks.photos import last_stage  # noqa: E402
+from benchmarks.photos import fine_tuned  # noqa: E402
 from benchmarks.photos.frozen import ASL, CE, DATA, DOC, PICTURE, ROWS, describe, key  # noqa: E402
 from mmasl.reproduce.runs import read_rows  # noqa: E402
 from mmasl.utils.markdown import fill_blocks, markdown_table  # noqa: E402
@@ -86,32 +86,47 @@ def draw() -> None:
     plt.close(figure)
 
 
-def trained_table(data: str) -> str:
-    """The settings whose last stage was trained, the best first."""
+def trained_table(what: str) -> str:
+    """The settings that trained layers, the best first; ``what`` is 'LAYERS, DATA'."""
+    layers, data = what.split(', ')
     figures = ('mAP', 'CF1', 'OF1', 'CF1_calibrated', 'OF1_calibrated')
-    rows = [row for row in read_rows(last_stage.ROWS) if row['data'] == data]
-    rows.sort(key=lambda row: -float(row['mAP']))
-    return markdown_table(
-        [[name(key(row)[1:]), row['lr'], row['seed'], *(f'{float(row[figure]):.1f}' for figure in figures)]
-         for row in rows], ['setting', 'learning rate', 'seed', *(figure.replace('_', ', ') for figure in figures)])
+    found: dict[tuple[str, ...], list[list[float]]] = {}
+    for row in trained_rows(layers, data):
+        found.setdefault((name(key(row)[1:]), row['lr']), []).append([float(row[figure]) for figure in figures])
+    lines = [[*which, len(values), *(f'{mean:.1f}' for mean in np.mean(values, 0))]
+             for which, values in sorted(found.items(), key=lambda item: -np.mean(item[1], 0)[0])]
+    return markdown_table(lines, ['setting', 'learning rate', 'seeds', *(one.replace('_', ', ') for one in figures)])
 
 
-def trained_scores(data: str) -> dict[tuple[str, ...], float]:
-    """mAP of the settings whose last stage was trained: mean over the seeds, of the best learning rate."""
+def trained_rows(layers: str, data: str) -> list[dict[str, str]]:
+    """The rows with the usual recipe."""
+    return [row for row in read_rows(fine_tuned.LAYERS[layers].rows) if row['data'] == data and not row['recipe']]
+
+
+def trained_scores(layers: str, data: str) -> dict[tuple[str, ...], float]:
+    """mAP of each setting that trained layers: mean over the seeds, at its best learning rate.
+
+    A learning rate counts if all settings have it.
+    """
     found: dict[tuple[str, ...], dict[str, list[float]]] = {}
-    for row in read_rows(last_stage.ROWS):
-        if row['data'] == data:
-            found.setdefault(key(row)[1:], {}).setdefault(row['lr'], []).append(float(row['mAP']))
-    return {setting: max(float(np.mean(values)) for values in by_rate.values()) for setting, by_rate in found.items()}
+    for row in trained_rows(layers, data):
+        found.setdefault(key(row)[1:], {}).setdefault(row['lr'], []).append(float(row['mAP']))
+    common = set.intersection(*map(set, found.values())) if found else ()
+    return {setting: max(float(np.mean(by_rate[rate])) for rate in common) for setting, by_rate in found.items()}
+
+
+def searched_scores(data: str) -> dict[tuple[str, ...], float]:
+    """mAP of each setting in the search on frozen features, as a user sees it."""
+    return {key(row)[1:]: float(row['search_mAP']) for row in read_rows(ROWS) if row['data'] == data}
 
 
 class Agreement(NamedTuple):
-    """How far the search on frozen features predicts the training of the last stage.
+    """How far one way to compare settings predicts another.
 
     Args:
         settings: Number of settings that have both.
         correlation: Spearman's rank correlation.
-        chosen: The best setting of the search.
+        chosen: The best setting of the prediction.
         behind: mAP that the chosen setting loses against the best one in training.
         default: The same for ASL's usual setting.
     """
@@ -122,26 +137,33 @@ class Agreement(NamedTuple):
     default: float
 
 
-def agreement(data: str) -> Agreement:
-    """Compare the search on a data set, which a user sees, with the training of the last stage."""
-    trained = trained_scores(data)
-    searched = {key(row)[1:]: float(row['search_mAP']) for row in read_rows(ROWS) if row['data'] == data}
-    common = [setting for setting in trained if setting in searched]
+def agreement(predicted: dict[tuple[str, ...], float], trained: dict[tuple[str, ...], float]) -> Agreement:
+    common = [setting for setting in trained if setting in predicted]
     best = max(trained.values())
-    chosen = max(common, key=lambda setting: searched[setting])
-    correlation = spearmanr([searched[one] for one in common], [trained[one] for one in common]).statistic
+    chosen = max(common, key=lambda setting: predicted[setting])
+    correlation = spearmanr([predicted[one] for one in common], [trained[one] for one in common]).statistic
     return Agreement(len(common), float(correlation), chosen, best - trained[chosen],
                      best - trained[key(describe('', ASL))[1:]])
 
 
+def agreements() -> dict[tuple[str, str, str], Agreement]:
+    """By data set, prediction and trained layers, what has at least two settings in common."""
+    found = {}
+    for data in DATA:
+        last, network = (trained_scores(layers, data) for layers in ('last', 'all'))
+        frozen = searched_scores(data)
+        for names, predicted, trained in ((('frozen features', fine_tuned.LAST.title), frozen, last),
+                                          (('frozen features', fine_tuned.ALL.title), frozen, network),
+                                          ((fine_tuned.LAST.title, fine_tuned.ALL.title), last, network)):
+            if len(set(predicted) & set(trained)) > 1:
+                found[data, *names] = agreement(predicted, trained)
+    return found
+
+
 def agreement_table(_: str) -> str:
-    """The agreement on every data set that has rows of both."""
-    lines = []
-    for data in dict.fromkeys(row['data'] for row in read_rows(last_stage.ROWS)):
-        found = agreement(data)
-        lines.append([DATA[data].title, found.settings, f'{found.correlation:.2f}', name(found.chosen),
-                      f'{found.behind:.1f}', f'{found.default:.1f}'])
-    return markdown_table(lines, ['data', 'settings', 'rank correlation', 'chosen by the probe',
+    lines = [[DATA[data].title, prediction, layers, one.settings, f'{one.correlation:.2f}', name(one.chosen),
+              f'{one.behind:.1f}', f'{one.default:.1f}'] for (data, prediction, layers), one in agreements().items()]
+    return markdown_table(lines, ['data', 'prediction', 'trained', 'settings', 'rank correlation', 'chosen',
                                   'mAP behind the best', 'ASL (0, 4, 0.05) behind the best'])
 
 

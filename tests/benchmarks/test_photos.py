@@ -6,8 +6,10 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from mmpretrain.structures import DataSample
+from torch import nn
 
-from benchmarks.photos import frozen, last_stage, render
+from benchmarks.photos import fine_tuned, frozen, render
 from mmasl.analysis.gradient import Setting
 from mmasl.analysis.probe import TRIALS
 from mmasl.reproduce.runs import read_rows
@@ -66,21 +68,84 @@ def test_remove_labels_keeps_ignored_ones():
 
 
 @pytest.mark.slow
-def test_last_stage_is_the_end_of_the_classifier():
-    """On the output of stage 5, its layers return the features of the classifier."""
+def test_trained_layers_are_the_end_of_the_classifier():
+    """On their inputs, the trained layers return the features of the classifier."""
     cfg = Config.fromfile(frozen.ROOT / 'configs/photos/efficientnet-lite0_bce_voc.py')
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        model = MODELS.build(cfg.model)
+        model = MODELS.build(dict(cfg.model, data_preprocessor=dict(
+            type='ClsDataPreprocessor', **cfg.data_preprocessor)))
         model.init_weights()
-    maps = []
-    model.backbone.timm_model.blocks[5].register_forward_hook(lambda module, args, out: maps.append(out))
-    layers = last_stage.build().eval()
-    with torch.no_grad():
-        features, = model.eval().extract_feat(torch.randn(2, 3, 64, 64))
-        torch.testing.assert_close(layers[:-1](maps[0]), features, rtol=1e-4, atol=1e-4)
-        assert layers(maps[0]).shape == (2, 20)
-    trained, total = (sum(weight.numel() for weight in one.parameters()) for one in (layers, model))
-    assert trained / total == pytest.approx(0.3, abs=0.02), 'as the script and the document say'
+    samples = [DataSample().set_gt_label([place]) for place in range(2)]
+    batch = dict(inputs=[torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in samples], data_samples=samples)
+    features, = model.eval().extract_feat(model.data_preprocessor(batch)['inputs'])
+    for layers, share in ((fine_tuned.LAST, 0.3), (fine_tuned.ALL, 1)):
+        maps, labels = fine_tuned.compute_maps(model, [batch], 'images', layers)
+        assert torch.equal(labels, torch.eye(2, 20, dtype=torch.int8))
+        trained = fine_tuned.build('voc', layers, seed=0).eval()
+        torch.testing.assert_close(trained[:-1](maps.float()), features, rtol=1e-2, atol=1e-2)  # maps are float16
+        assert fine_tuned.predict(trained, maps).shape == (2, 20)
+        count, total = (sum(weight.numel() for weight in one.parameters()) for one in (trained, model))
+        assert count / total == pytest.approx(share, abs=0.02), 'as the document says'
+
+
+def test_trainings_are_paired(monkeypatch):
+    """Every setting sees the same batches, flips and initial weights. Prior and scale are those of the recipe."""
+    class Watched(nn.Linear):
+        def forward(self, x):
+            seen.append((x.detach().clone(), self.weight.detach().clone(), self.bias.sigmoid().detach().clone()))
+            return super().forward(x)
+
+    def build(name, layers, seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), Watched(3 * 4, 6))
+
+    monkeypatch.setattr(fine_tuned, 'build', build)
+    monkeypatch.setitem(fine_tuned.RECIPES, 'other', fine_tuned.Recipe(prior=0.1, scale=1e-30, weight_decay=0))
+    x = torch.randn(200, 3, 2, 2).half()
+    maps = dict(train=(x, make_features()[1]), test=(x, make_features()[1]))
+    found = []
+    for setting, recipe in ((frozen.CE, ''), (frozen.ASL, ''), (frozen.ASL, 'other')):
+        seen: list[tuple[torch.Tensor, ...]] = []
+        training = fine_tuned.Training('voc', setting, recipe)
+        found.append((fine_tuned.measure(training, 1e-3, 0, maps, fine_tuned.ALL), seen))
+    (ce, first), (asl, second), (_, third) = found
+    count = 3 * fine_tuned.ALL.epochs
+    assert all(torch.equal(one[0], same[0]) for one, same in zip(first[:count], second[:count], strict=True))
+    assert torch.equal(first[0][1], second[0][1]) and not torch.equal(first[count][1], second[count][1])
+    assert first[0][2].tolist() == [0.5] * 6 and third[0][2].tolist() == pytest.approx([0.1] * 6)
+    torch.testing.assert_close(third[count][1], third[0][1])  # the gradient is far below AdamW's epsilon
+    assert set(ce) == set(asl) == {'mAP', 'CF1', 'OF1', 'CF1_calibrated', 'OF1_calibrated'}
+    assert ce['CF1'] == ce['CF1_calibrated'] and asl['CF1'] != asl['CF1_calibrated']
+    images = torch.cat([one[0] for one in first[:count]])[:, None]
+    straight = (images == x.float().flatten(1)).all(-1).any(-1)
+    assert (straight | (images == x.float().flip(-1).flatten(1)).all(-1).any(-1)).all()
+    assert 0.4 < straight.float().mean() < 0.6
+
+
+def test_label_shares():
+    """Against the equations: a negative of cross-entropy has p, a positive 1 - p."""
+    z = torch.tensor([[2., -1., 0.5], [-3., 0., 1.]])
+    complete, labels = torch.tensor([[1, 0, 1], [0, 0, 1]]), torch.tensor([[1, 0, 0], [0, 0, 1]])
+    p = z.double().sigmoid()
+    kinds = ((1 - p[0, 0] + 1 - p[1, 2]), p[0, 2], p[0, 1] + p[1, 0] + p[1, 1])
+    found = fine_tuned.label_shares(z, complete, labels, frozen.CE)
+    for kind, size in zip(fine_tuned.KINDS, kinds):
+        assert float(found[f'gradient_{kind}']) == pytest.approx(100 * (size / sum(kinds)).item(), rel=1e-3)
+    assert float(found['p_removed']) == pytest.approx(p[0, 2].item(), rel=1e-3)
+
+
+def test_best_learning_rate_is_one_that_all_settings_have(monkeypatch):
+    def row(setting, lr, seed, score):
+        return frozen.describe('voc', setting) | dict(recipe='', lr=lr, seed=seed, mAP=score)
+
+    rows = [row(frozen.CE, '1', '0', '70'), row(frozen.CE, '1', '1', '72'), row(frozen.CE, '2', '0', '90'),
+            row(frozen.ASL, '1', '0', '75'), row(frozen.ASL, '3', '0', '60')]
+    monkeypatch.setattr(render, 'read_rows', lambda path: rows)
+    trained = render.trained_scores('all', 'voc')
+    ce, asl = (frozen.key(row)[1:] for row in (rows[0], rows[-1]))
+    assert trained == {ce: 71, asl: 75}
+    found = render.agreement({ce: 3., asl: 1.}, trained)
+    assert found == render.Agreement(2, pytest.approx(-1), ce, 4, 0)
 
 
 def test_committed_rows_are_complete():
@@ -148,11 +213,12 @@ def test_what_the_readme_says():
 
 def test_what_the_document_says_of_trained_layers():
     ce, asl = (frozen.key(frozen.describe('', setting))[1:] for setting in (frozen.CE, frozen.ASL))
-    at_rate = {(row['data'], row['lr'], frozen.key(row)[1:]): float(row['mAP']) for row in read_rows(last_stage.ROWS)}
+    at_rate = {(row['data'], row['lr'], frozen.key(row)[1:]): float(row['mAP'])
+               for row in read_rows(fine_tuned.LAST.rows) if not row['recipe']}
     assert at_rate['voc', '0.0003', asl] > at_rate['voc', '0.0003', ce]
     assert all(at_rate['voc', rate, asl] < at_rate['voc', rate, ce] for rate in ('0.001', '0.003'))
-    best = render.trained_scores('voc')
+    best = render.trained_scores('last', 'voc')
     assert 0 < best[ce] - best[asl] < 1
     assert at_rate['voc-60', '0.001', ce] - at_rate['voc-60', '0.001', asl] > 5
-    found = render.agreement('voc')
+    found = render.agreements()['voc', 'frozen features', 'last stage']
     assert found.behind > 0.3 and found.chosen == asl

@@ -1,0 +1,232 @@
+"""Fine-tune EfficientNet-Lite0 on VOC 2007 and Corel-5k: its last stage, or the whole network.
+
+A check of how far the ranking on frozen features holds once layers are trained, and why. Images have 128 px. All losses
+share AdamW, its learning rates and the length of the training. Finished rows are kept, so repeat an interrupted call.
+"""
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from benchmarks.photos import frozen  # noqa: E402
+from benchmarks.photos.frozen import ASL, CE, DATA, FOCAL, describe, load_config, remove_labels  # noqa: E402
+from mmasl import AsymmetricLoss  # noqa: E402
+from mmasl.analysis.gradient import Setting  # noqa: E402
+from mmasl.analysis.probe import extract_features, score  # noqa: E402
+from mmasl.reproduce.runs import read_rows, write_rows  # noqa: E402
+from mmasl.utils.tools import exit_on_user_error, progress  # noqa: E402
+
+BATCH_SIZE = 64
+SETTINGS = (CE, ASL, FOCAL, Setting(0, 2, 0), Setting(1, 4, 0), Setting(0, 0, 0.05), Setting(0, 4, 0),
+            replace(ASL, detach_focusing=True))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the trainings share.
+
+    Args:
+        weight_decay: Of AdamW.
+        scale: Factor of the loss, which is summed over the classes and averaged over the images.
+        prior: Probability of every class that the head starts with.
+    """
+    weight_decay: float = 0.01
+    scale: float = 1.
+    prior: float = 0.5
+
+
+RECIPES = {'': Recipe(), 'start at p = 0.05': Recipe(prior=0.05), 'loss x 64': Recipe(scale=64.),
+           'no weight decay': Recipe(weight_decay=0.)}
+
+
+class Training(NamedTuple):
+    """A data set, a setting of the loss, and a name of RECIPES."""
+    data: str
+    setting: Setting
+    recipe: str = ''
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which layers are trained.
+
+    Args:
+        title: Name in the tables.
+        first: First trained stage; the stem belongs to stage 0.
+        epochs: Length of the training.
+        flip: Whether half of the images are flipped.
+        shares: Whether rows of data with missing labels have the figures of :func:`label_shares`.
+        plan: Trainings, the most telling first.
+    """
+    title: str
+    first: int
+    epochs: int
+    flip: bool
+    shares: bool
+    plan: tuple[Training, ...]
+
+    @property
+    def rows(self) -> Path:
+        return Path(__file__).with_name(f'{self.title.replace(" ", "_")}.csv')
+
+
+LAST = Layers('last stage', 6, 8, False, True, (
+    *(Training(data, setting) for setting in SETTINGS for data in ('voc-60', 'voc')),
+    # Reasons: one change of ASL at a time.
+    *(Training('voc-60', ASL, recipe) for recipe in RECIPES if recipe),
+    *(Training('voc-60', setting) for setting in (Setting(1, 4, 0.05), Setting(0, 2, 0.05))),
+    Training('voc-60', CE, 'start at p = 0.05')))
+ALL = Layers('whole network', 0, 6, True, False, (
+    *(Training('voc', setting) for setting in (CE, ASL, Setting(0, 2, 0), FOCAL)),
+    *(Training('voc-60', setting) for setting in (CE, ASL, Setting(0, 2, 0))),
+    *(Training('corel5k', setting) for setting in (CE, ASL))))
+LAYERS = dict(last=LAST, all=ALL)
+KINDS = ('annotated', 'removed', 'absent')  # of labels
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--layers', choices=LAYERS, default='last',
+                        help='train the last stage, the last convolution and the head, from cached outputs of the '
+                        'stages before, or all (default: %(default)s)')
+    parser.add_argument('--voc', default='data/VOCdevkit/VOC2007', help='folder of VOC (default: %(default)s)')
+    parser.add_argument('--corel5k', default='data/corel5k', help='folder of Corel-5k (default: %(default)s)')
+    parser.add_argument('--cache', type=Path, default=Path('work_dirs/photos/maps'),
+                        help='folder of the inputs of the trained layers (default: %(default)s)')
+    parser.add_argument('--data', nargs='+', choices=DATA, default=list(DATA), help='data sets (default: all)')
+    parser.add_argument('--lr', type=float, nargs='+', default=[1e-3, 3e-4, 3e-3], help='maximal learning rates')
+    parser.add_argument('--trainings', type=int, help='run the first N of the plan only')
+    parser.add_argument('--seeds', type=int, default=1)
+    return parser.parse_args(argv)
+
+
+@exit_on_user_error()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    layers = LAYERS[args.layers]
+    plan = [one for one in layers.plan[:args.trainings] if one.data in args.data]
+    maps = {name: load_maps(name, getattr(args, name), args.cache, layers)
+            for name in dict.fromkeys(DATA[one.data].config for one in plan)}
+    rows = read_rows(layers.rows)
+    for seed, lr, one in progress(list(product(range(args.seeds), args.lr, plan)), 'trainings'):
+        columns = describe(one.data, one.setting) | dict(recipe=one.recipe, lr=f'{lr:g}', seed=str(seed))
+        if not any(columns.items() <= row.items() for row in rows):
+            rows.append(columns | measure(one, lr, seed, maps[DATA[one.data].config], layers))
+            write_rows(layers.rows, rows)
+
+
+# --- inputs of the trained layers
+
+def load_maps(name: str, folder: str, cache: Path, layers: Layers) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs of the trained layers, float16 (N, D, H, W), and labels, (N, C), of 'train' and 'test' images; cached."""
+    cfg, loaders = load_config(name, folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    paths = {split: cache / f'{name}_{split}{"" if layers.first else "_images"}.pt' for split in loaders}
+    for split, path in paths.items():
+        if not path.exists():
+            torch.save(compute_maps(*frozen.build(cfg, loaders[split]), path.stem, layers), path)
+    return {split: torch.load(path) for split, path in paths.items()}
+
+
+def compute_maps(model: Any, loader: Any, name: str, layers: Layers) -> tuple[Tensor, Tensor]:
+    network = model.backbone.timm_model
+    maps: list[Tensor] = []
+    first = network.blocks[layers.first] if layers.first else network.conv_stem
+    first.register_forward_pre_hook(lambda _, args: maps.append(args[0].half()))
+    labels = [found for _, found in extract_features(model, progress(loader, name), model.head.num_classes)]
+    return torch.cat(maps), torch.cat(labels)
+
+
+# --- trainings
+
+def build(name: str, layers: Layers, seed: int) -> nn.Sequential:
+    """The trained layers of the classifier of a data set, with ImageNet's weights and a new head."""
+    torch.manual_seed(seed)
+    cfg = Config.fromfile(ROOT / 'configs' / 'photos' / f'efficientnet-lite0_bce_{name}.py')
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model: Any = MODELS.build(cfg.model)
+        model.init_weights()
+    network = model.backbone.timm_model
+    stem = () if layers.first else (network.conv_stem, network.bn1)
+    return nn.Sequential(*stem, *network.blocks[layers.first:], network.conv_head, network.bn2,
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.head.fc).to(memory_format=torch.channels_last)
+
+
+def images_of(maps: Tensor, places: Tensor) -> Tensor:
+    return maps[places].float().contiguous(memory_format=torch.channels_last)
+
+
+def measure(one: Training, lr: float, seed: int, maps: dict[str, tuple[Tensor, Tensor]], layers: Layers
+            ) -> dict[str, str]:
+    """Train, and evaluate on the test images."""
+    x, complete = maps['train']
+    labels = remove_labels(complete, DATA[one.data].missing, seed)
+    model = train(build(DATA[one.data].config, layers, seed), one.setting, lr, x, labels, layers, RECIPES[one.recipe])
+    figures = evaluate(predict(model, maps['test'][0]), maps['test'][1], one.setting)
+    if layers.shares and DATA[one.data].missing:
+        figures |= label_shares(predict(model, x), complete, labels, one.setting)
+    return figures
+
+
+def train(model: nn.Sequential, setting: Setting, lr: float, x: Tensor, y: Tensor, layers: Layers, recipe: Recipe
+          ) -> nn.Sequential:
+    """Train a model on maps and labels. It is in evaluation mode afterwards."""
+    model[-1].bias.data.fill_(torch.tensor(recipe.prior).logit())
+    loss = AsymmetricLoss(**asdict(setting), reduction='sum')
+    steps = len(x) // BATCH_SIZE
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, layers.epochs * steps, cycle_momentum=False)
+    for _ in range(layers.epochs):
+        for batch in torch.randperm(len(x))[:steps * BATCH_SIZE].split(BATCH_SIZE):
+            images = images_of(x, batch)
+            if layers.flip:
+                images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+            optimizer.zero_grad()
+            (recipe.scale / BATCH_SIZE * loss(model(images), y[batch].float())).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def predict(model: nn.Module, maps: Tensor) -> Tensor:
+    """Logits, (N, C)."""
+    return torch.cat([model(images_of(maps, batch)) for batch in torch.arange(len(maps)).split(BATCH_SIZE)])
+
+
+def evaluate(logits: Tensor, labels: Tensor, setting: Setting) -> dict[str, str]:
+    """Figures of a prediction, in percent."""
+    scores = score(logits[None], labels, setting)
+    return {figure: f'{values[0]:.4g}' for figure, values in dict(
+        mAP=scores.map, CF1=scores.cf1, OF1=scores.of1, CF1_calibrated=scores.cf1_calibrated,
+        OF1_calibrated=scores.of1_calibrated).items()}
+
+
+def label_shares(logits: Tensor, complete: Tensor, labels: Tensor, setting: Setting) -> dict[str, str]:
+    """Mean probability, and share of the summed |dL/dz| in percent, of annotated, removed and absent labels.
+
+    Args:
+        logits: (N, C).
+        complete: All labels, (N, C): 1 or 0.
+        labels: The labels of the training, (N, C).
+        setting: Parameters of the loss.
+    """
+    z = logits.double().requires_grad_()
+    size = torch.autograd.grad(AsymmetricLoss(**asdict(setting), reduction='sum')(z, labels.double()), z)[0].abs()
+    masks = dict(zip(KINDS, (labels == 1, complete != labels, complete == 0), strict=True))
+    return {f'{name}_{kind}': f'{value:.4g}' for kind, mask in masks.items() for name, value in dict(
+        p=z[mask].sigmoid().mean().item(), gradient=100 * (size[mask].sum() / size.sum()).item()).items()}
+
+
+if __name__ == '__main__':
+    main()
