@@ -32,9 +32,9 @@ from mmasl.utils.markdown import fill_blocks, markdown_table  # noqa: E402
 from mmasl.utils.statistics import interval  # noqa: E402
 from mmasl.utils.tools import check_data, exit_on_user_error, progress, set_dataloader_defaults  # noqa: E402
 
-ROWS, PAGE = Path(__file__).with_suffix('.csv'), ROOT / 'docs' / 'choosing.md'
+ROWS, PAGE = Path(__file__).with_suffix('.csv'), ROOT / 'docs' / 'loss.md'
 DIGITS = ROOT / 'configs' / 'digits' / 'resnet_bce_digits.py'
-HIDDEN, EPOCHS, FOLDS, SEARCH_FOLDS = 256, 10, 5, 2
+HIDDEN, EPOCHS, FOLDS, SEARCH_FOLDS = 128, 10, 5, 2
 LOSSES = {'cross-entropy': dict(gamma_neg=0., clip=0.), 'ASL': dict(gamma_neg=4., clip=0.05)}
 # Arguments of the loss, from the positives and negatives of each class.
 WEIGHTS: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
