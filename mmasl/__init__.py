@@ -22,6 +22,7 @@ _MODULES = {
                      'UnavailableError', 'UnreadableImageError'],
     'mmasl.evaluation.metrics': ['MacroF1', 'MultiLabelMetric'],
     'mmasl.models.backbones': ['OFA595'],
+    'mmasl.models.calibrated_dense_head': ['CalibratedDenseHead'],
     'mmasl.models.heads': ['CSRAClsHead', 'LabelGraphHead', 'MLDecoderHead', 'MultiLabelClsHead',
                            'MultiLabelLinearClsHead', 'Query2LabelHead'],
     'mmasl.models.losses': ['AsymmetricLoss', 'AsymmetricSoftmaxLoss'],

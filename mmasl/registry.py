@@ -20,7 +20,8 @@ from mmasl.utils.pypi_weights import PREFIX, load_from_pypi
 # The heads need MMPretrain; a detector's loss does not.
 PRETRAIN = ['mmasl.models.backbones', 'mmasl.models.heads', 'mmasl.models.tta'] if find_spec('mmpretrain') else []
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmasl', locations=PRETRAIN)
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmasl',
+                  locations=['mmasl.models.calibrated_dense_head', *PRETRAIN])
 DATASETS = Registry(
     'dataset', parent=MMENGINE_DATASETS, scope='mmasl',
     locations=[f'mmasl.datasets.{name}' for name in ('coco', 'voc', 'nus_wide', 'open_images', 'herbarium')])

@@ -7,7 +7,7 @@ from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, DefaultScope
 
 NAMES = {
     MODELS: ['AsymmetricLoss', 'AsymmetricSoftmaxLoss', 'MultiLabelClsHead', 'MultiLabelLinearClsHead', 'CSRAClsHead',
-             'OFA595'],
+             'CalibratedDenseHead', 'OFA595'],
     DATASETS: ['CocoMultiLabel', 'VOCMultiLabel', 'NUSWide', 'OpenImages', 'Herbarium2020'],
     METRICS: ['MultiLabelMetric', 'MacroF1'],
     HOOKS: ['ProbabilityGapHook', 'AdaptiveAsymmetryHook', 'ResumeHook', 'CheckDataHook', 'CheckFiniteHook']}

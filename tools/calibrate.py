@@ -32,8 +32,8 @@ from mmasl.apis.dataset_predictions import predict_dataset
 from mmasl.apis.model_files import load_checkpoint
 from mmasl.errors import ConfigError
 from mmasl.evaluation.functional import count_outcomes
-from mmasl.models.heads.calibrated_predictions import calibration_settings
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
+from mmasl.models.losses.utils import calibration_settings
 from mmasl.ops import posterior_threshold, posterior_upper_bound
 from mmasl.reproduce.runs import write_rows
 from mmasl.utils.checkpoint import inner_model, safe_checkpoint_loading

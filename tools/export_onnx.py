@@ -42,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help='threshold of all classes for the metadata; or CLASS=NUMBER, repeated, for single classes '
                         "(default: the head's thresholds)")
     parser.add_argument('--calibrated', action='store_true',
-                        help='add calibrated_score; needs a model trained with mmasl.AsymmetricLoss')
+                        help='add calibrated_score, or calibrate the class logits of a detector; needs a model trained '
+                        'with mmasl.AsymmetricLoss, or a dense detector trained with FocalLoss')
     parser.add_argument('--tolerance', type=float, default=1e-4,
                         help='largest difference between onnxruntime and PyTorch, relative if values exceed 1 '
                         '(default: 1e-4)')
@@ -70,12 +71,12 @@ def configure(args: argparse.Namespace) -> Config:
     if args.shape and min(args.shape) < 1:
         raise ConfigError(f"--shape {' '.join(map(str, args.shape))}: give 1 or more")
     if not is_classification(cfg):
-        if args.calibrated or args.thr:
-            raise ConfigError(f'--calibrated and --thr are for classifiers, and {args.config} is a detector')
+        if args.thr:
+            raise ConfigError(f'--thr is for classifiers, and {args.config} is a detector')
         if not args.shape:
             raise ConfigError('Detectors take images of any size, and the exported file takes one: give --shape HEIGHT '
                               'WIDTH')
-    elif args.calibrated:
+    if args.calibrated:
         use_calibrated_head(cfg)
     return cfg
 

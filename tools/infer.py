@@ -37,7 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--topk', type=int, metavar='K',
                         help='keep the K labels or boxes with the highest scores; with --thr, those that pass it')
     parser.add_argument('--calibrated', action='store_true',
-                        help='apply thresholds to the calibrated score, for models trained with mmasl.AsymmetricLoss')
+                        help='predict and apply thresholds to calibrated scores, for models trained with '
+                        'mmasl.AsymmetricLoss, and dense detectors trained with FocalLoss')
     parser.add_argument('--out-dir', metavar='FOLDER', help='write pictures of the predictions to this folder')
     parser.add_argument('--json', metavar='FILE', help='write the predictions to this .json file')
     parser.add_argument('--device', help='device, such as cuda:0 (default: the best available)')
@@ -66,8 +67,6 @@ def configure(args: argparse.Namespace) -> Config:
     if device.type == 'cuda':
         require_gpu(f'--device {args.device}')
     if args.calibrated:
-        if not is_classification(cfg):
-            raise ConfigError(f'--calibrated is for classifiers, and {args.config} is a detector')
         use_calibrated_head(cfg)
     return cfg
 

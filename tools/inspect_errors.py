@@ -17,7 +17,7 @@ from mmasl.analysis.error_page import render_error_page
 from mmasl.apis.dataset_predictions import predict_dataset
 from mmasl.apis.model_files import load_checkpoint
 from mmasl.errors import ConfigError
-from mmasl.models.heads.calibrated_predictions import calibration_settings
+from mmasl.models.losses.utils import calibration_settings
 from mmasl.ops import posterior_upper_bound
 from mmasl.utils.checkpoint import inner_model, safe_checkpoint_loading
 from mmasl.utils.config import iter_dataset_configs

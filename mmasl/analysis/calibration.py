@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmasl.evaluation.functional import Conventions, expected_calibration_error, multilabel_metrics, reliability
-from mmasl.models.heads.calibrated_predictions import calibration_settings
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
+from mmasl.models.losses.utils import calibration_settings
 from mmasl.ops import posterior, posterior_threshold
 from mmasl.utils.markdown import markdown_table
 

@@ -11,6 +11,7 @@ from mmengine.registry import TRANSFORMS
 from mmasl.apis.drawing import choose_name, use_font
 from mmasl.apis.images import describe_read_error, list_images, unreadable_images
 from mmasl.apis.model_files import checkpoint_classes, inference_dataset, load_checkpoint
+from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
 from mmasl.errors import CheckpointError
 from mmasl.utils.checkpoint import load_weights
 from mmasl.utils.config import resolve_type
@@ -62,6 +63,7 @@ def detect(cfg: Config,
     cfg.visualizer = ConfigDict(type='mmdet.DetLocalVisualizer')
     inferencer = DetInferencer(cfg, str(weights), device, show_progress=False)
     load_weights(inferencer.model, checkpoint, str(weights))  # DetInferencer keeps initial weights that do not fit
+    restore_asymmetry(inferencer.model, checkpoint)
     classes = inferencer.model.dataset_meta['classes']
     number = getattr(getattr(inferencer.model, 'bbox_head', None), 'num_classes', len(classes))
     if number != len(classes):

@@ -147,7 +147,7 @@ class MultiLabelInferencer(BaseInferencer):
         Raises:
             ConfigError: See :meth:`__call__`.
         """
-        from mmasl.models.heads.calibrated_predictions import calibration_settings
+        from mmasl.models.losses.utils import calibration_settings
 
         head, classes = self.model.head, self.classes
         if calibrated and not self.calibrates:

@@ -7,8 +7,10 @@ from mmengine.registry import DATASETS, MODELS
 
 from mmasl.datasets.annotation_files import read_class_names
 from mmasl.errors import ConfigError
+from mmasl.models.calibrated_dense_head import CalibratedDenseHead
 from mmasl.utils.checkpoint import convert_official, is_official, read_checkpoint
 from mmasl.utils.config import is_kind, iter_dataset_configs, resolve_type
+from mmasl.utils.tools import is_classification
 
 
 def load_checkpoint(path: str | PathLike) -> dict:
@@ -56,14 +58,21 @@ def inference_dataset(cfg: Config) -> ConfigDict:
 
 
 def use_calibrated_head(cfg: Config) -> None:
-    """Replace the head of a classifier by the head of mmasl of the same name, which has the same weights.
+    """Replace the head of a classifier or detector by mmasl's, which has the same weights.
 
     Raises:
-        ConfigError: mmasl has no such head.
+        ConfigError: mmasl has no such head, or the detector has no dense head.
     """
+    model = cfg.model
+    if not is_classification(cfg):
+        head = model.get('bbox_head')
+        if not isinstance(head, dict):
+            raise ConfigError(f'model {model.get("type")} has no bbox_head: only scores of dense heads are calibrated')
+        if not is_kind(head['type'], CalibratedDenseHead, MODELS, cfg.get('default_scope')):
+            head.update(type='mmasl.CalibratedDenseHead', head_type=head['type'])
+        return
     from mmasl.models.heads.calibrated_predictions import CalibratedPredictions
 
-    model = cfg.model
     while isinstance(model.get('module'), dict):  # of LoRA
         model = model['module']
     head = model.get('head') or {}

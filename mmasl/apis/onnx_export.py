@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from mmasl.apis.inferencer import MultiLabelInferencer
 from mmasl.apis.model_files import checkpoint_classes, inference_dataset, load_checkpoint
+from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
 from mmasl.errors import ConfigError
+from mmasl.models.calibrated_dense_head import CalibratedDenseHead
 from mmasl.ops import posterior, posterior_threshold
 from mmasl.utils.checkpoint import load_weights
 from mmasl.utils.tools import drop_pretrained
@@ -54,7 +56,7 @@ class Classifier(nn.Module):
 
 
 class FeatureMaps(nn.Module):
-    """Computes the maps of a detector's head as one flat tuple."""
+    """Computes the maps of a detector's head as one flat tuple; a calibrated head gives calibrated logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -62,7 +64,10 @@ class FeatureMaps(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the maps of normalised images (N, 3, H, W)."""
-        return tuple(tree_leaves(self.model(images, mode='tensor')))
+        maps, head = self.model(images, mode='tensor'), self.model.bbox_head
+        if isinstance(head, CalibratedDenseHead):
+            maps = head.calibrate(maps[0]), *maps[1:]
+        return tuple(tree_leaves(maps))
 
 
 def prepare_classifier(cfg: Config, weights: str | PathLike, shape: list[int] | None = None,
@@ -80,7 +85,7 @@ def prepare_classifier(cfg: Config, weights: str | PathLike, shape: list[int] | 
     Raises:
         ConfigError: See :class:`mmasl.apis.inferencer.MultiLabelInferencer` and :func:`fixed_shape`.
     """
-    from mmasl.models.heads.calibrated_predictions import calibration_settings
+    from mmasl.models.losses.utils import calibration_settings
 
     inferencer = MultiLabelInferencer(cfg, weights, 'cpu', show_progress=False)
     rule = inferencer.make_rule(thr)
@@ -159,6 +164,7 @@ def prepare_detector(cfg: Config, weights: str | PathLike, shape: list[int]) -> 
         raise ConfigError(f'{type(model).__name__} is not a single-stage detector of MMDetection: only those can be '
                           'exported')
     load_weights(model, checkpoint, str(weights))
+    restore_asymmetry(model, checkpoint)
     step = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
     if any(side % step for side in shape):
         raise ConfigError(f'--shape {shape[0]} {shape[1]}: images are padded to multiples of {step}; give multiples of '
@@ -167,6 +173,7 @@ def prepare_detector(cfg: Config, weights: str | PathLike, shape: list[int]) -> 
     classes = checkpoint_classes(checkpoint) or (dataset.get('metainfo') or {}).get('classes')
     metadata = describe(model, classes, shape, dataset.pipeline)
     metadata['test_cfg'] = cfg.model.get('test_cfg')
+    metadata['calibrated'] = isinstance(model.bbox_head, CalibratedDenseHead)
     if hasattr(model.bbox_head, 'prior_generator'):
         metadata['strides'] = [list(stride) for stride in model.bbox_head.prior_generator.strides]
     with torch.no_grad():

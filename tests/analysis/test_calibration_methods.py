@@ -19,7 +19,7 @@ from mmasl.analysis.calibration import (
     synthesize,
 )
 from mmasl.evaluation.functional import expected_calibration_error
-from mmasl.models.heads.calibrated_predictions import calibration_settings
+from mmasl.models.losses.utils import calibration_settings
 from mmasl.ops import posterior_threshold
 
 ROOT = Path(__file__).parents[2]

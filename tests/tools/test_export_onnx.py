@@ -18,7 +18,7 @@ from mmasl.apis.inferencer import MultiLabelInferencer
 from mmasl.apis.onnx_export import Classifier, Exportable, compare_with_torch, export, fixed_shape
 from mmasl.apis.tagger import tagger_files
 from mmasl.errors import ConfigError
-from mmasl.ops import posterior, posterior_threshold
+from mmasl.ops import posterior, posterior_log_odds, posterior_threshold
 from tools import export_onnx
 
 onnx = pytest.importorskip('onnx')
@@ -284,15 +284,19 @@ def detector(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('calibrated', [False, True], ids=['stock', 'calibrated'])
 @torch.no_grad()
-def test_maps_of_a_detector(detector):
-    export_onnx.main(['fcos.py', 'fcos.pth', '--out', 'm.onnx', '--shape', '64', '96'])
+def test_maps_of_a_detector(calibrated, detector):
+    export_onnx.main(['fcos.py', 'fcos.pth', '--out', 'm.onnx', '--shape', '64', '96', *['--calibrated'] * calibrated])
     running, meta = session()
+    assert meta['calibrated'] == calibrated
     assert meta['classes'] == list(CLASSES) and meta['strides'] == [[8, 8], [16, 16]]
     assert meta['input_size'] == [64, 96] and meta['test_cfg']['max_per_img'] == 20
     images = torch.rand(5, 3, 64, 96)
     actual = running.run(None, {'input': images.numpy()})
     scores, boxes, centerness = detector(images, mode='tensor')
+    if calibrated:
+        scores = [posterior_log_odds(x, gamma_pos=1., gamma_neg=2., clip=0., alpha=0.25) for x in scores]
     names = [f'output_{kind}_{level}' for kind in range(3) for level in range(2)]
     assert [x.name for x in running.get_outputs()] == names
     assert_close([torch.from_numpy(x) for x in actual], [*scores, *boxes, *centerness], rtol=1e-4, atol=1e-4)
@@ -309,7 +313,7 @@ def test_maps_of_a_detector(detector):
     (['cls.py', 'cls.pth', '--out', 'm.onnx', '--shape', '0', '8'], '--shape 0 8: give 1 or more'),
     (['cls.py', 'cls.pth', '--out', 'm.onnx', '--thr', 'rde=0.5'], r"thr has unknown classes \['rde'\]"),
     (['fcos.py', 'cls.pth', '--out', 'm.onnx'], 'give --shape HEIGHT WIDTH'),
-    (['fcos.py', 'cls.pth', '--out', 'm.onnx', '--calibrated'], '--calibrated and --thr are for classifiers'),
+    (['fcos.py', 'cls.pth', '--out', 'm.onnx', '--thr', '0.5'], '--thr is for classifiers'),
     (['fcos.py', 'cls.pth', '--out', 'm.onnx', '--shape', '64', '64'], 'cls.pth does not fit'),
     (['fcos.py', 'fcos.pth', '--out', 'm.onnx', '--shape', '64', '70'], '--shape 64 70: .* padded to multiples of 32'),
     (['rcnn.py', 'cls.pth', '--out', 'm.onnx', '--shape', '64', '64'], 'FasterRCNN is not a single-stage detector'),

@@ -130,6 +130,16 @@ def test_boxes(detector, capsys):
     assert len(list(Path('drawn').iterdir())) == 3
 
 
+def test_calibrated_scores_of_a_detector(detector):
+    """Through DetInferencer, with the config of the training."""
+    infer.main(['images/black.png', 'fcos.py', detector, '--calibrated', '--json', 'p.json'])
+    record, = json.loads(Path('p.json').read_text())
+    q = posterior(torch.tensor([3., 0.]), gamma_pos=1., gamma_neg=2., clip=0., alpha=0.25)
+    assert sorted(set(record['pred_class'])) == ['blue', 'none']
+    for name, score in zip(record['pred_class'], record['pred_score']):
+        assert score == pytest.approx(q['blue none'.split().index(name)].item(), abs=1e-5)
+
+
 def test_pictures_have_the_boxes_that_pass(detector):
     """None: the picture is the image, and in its colours."""
     for number, thr in enumerate(('0.99', '0.5')):
@@ -185,10 +195,11 @@ def test_unreadable_images_are_told_last(config, detector, capsys):
     (['images', 'cls.py', 'cls.pth', '--batch-size', '0'], '--batch-size 0: give 1 or more'),
     (['images', 'cls.py', 'cls.pth', '--json', 'p.txt'], '--json p.txt: give a .json file'),
     (['images', 'cls.py', 'cls.pth', '--device', 'gpu'], '--device gpu: .*[Ee]xpected one of'),
-    (['images', 'fcos.py', 'fcos.pth', '--calibrated'], '--calibrated is for classifiers'),
+    (['images', 'rcnn.py', 'fcos.pth', '--calibrated'], 'model FasterRCNN has no bbox_head'),
     (['images', 'cls.py', 'cls.pth', '--cfg-options', 'test_dataloader=None'], 'the config has no test_dataloader'),
 ], ids=lambda value: '_'.join(value[1:]) if isinstance(value, list) else None)
 def test_refusals(argv, message, detector):
+    Path('rcnn.py').write_text("_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'")
     with pytest.raises(SystemExit) as stop:
         infer.main(argv)
     assert re.search(message, stop.value.code, re.DOTALL), stop.value.code

@@ -133,6 +133,10 @@ def test_calibrated_heads():
     assert cfg.model.head.type == 'mmasl.MultiLabelLinearClsHead'
     with pytest.raises(ConfigError, match='LinearClsHead, which predicts no calibrated score'):
         use_calibrated_head(Config(dict(default_scope='mmpretrain', model=dict(head=dict(type='LinearClsHead')))))
+    cfg = Config(dict(default_scope='mmdet', model=dict(type='FCOS', bbox_head=dict(type='FCOSHead', num_classes=4))))
+    for _ in range(2):  # the second time, there is nothing to replace
+        use_calibrated_head(cfg)
+        assert cfg.model.bbox_head == dict(type='mmasl.CalibratedDenseHead', head_type='FCOSHead', num_classes=4)
 
 
 def test_weights_that_a_checkpoint_replaces():

@@ -5,34 +5,11 @@ from typing import Any
 import torch
 from mmengine.logging import print_log
 from mmpretrain.structures import DataSample
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmasl.errors import ConfigError
-from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
+from mmasl.models.losses.utils import calibration_settings
 from mmasl.ops import posterior, posterior_upper_bound
-
-
-def calibration_settings(loss: nn.Module) -> dict[str, Any]:
-    """Read the arguments of :func:`mmasl.ops.posterior` from the loss that a model was trained with.
-
-    Args:
-        loss: The loss.
-
-    Returns:
-        The keyword arguments ``gamma_pos``, ``gamma_neg``, ``clip``, ``alpha``, ``pos_weight`` and ``detach_focusing``.
-
-    Raises:
-        ConfigError: The loss is not an :class:`mmasl.AsymmetricLoss`, or unannotated labels have a gamma of their own.
-    """
-    if not isinstance(loss, AsymmetricLoss):
-        raise ConfigError(f'{type(loss).__module__}.{type(loss).__name__} has no posterior in closed form. Train with '
-                          "loss=dict(type='mmasl.AsymmetricLoss', ...), or use MMPretrain's head.")
-    if loss.gamma_unannotated is not None:
-        raise ConfigError(f'gamma_unannotated={loss.gamma_unannotated.tolist()} has no posterior in closed form, since '
-                          'the number of annotated labels of an image is unknown. Set gamma_unannotated=None, or use '
-                          "MMPretrain's head.")
-    return {name: getattr(loss, name) for name in ('gamma_pos', 'gamma_neg', 'clip', 'alpha', 'pos_weight',
-                                                   'detach_focusing')}
 
 
 class StoredThresholds:
@@ -86,8 +63,9 @@ class CalibratedPredictions(StoredThresholds):
     :class:`mmasl.MultiLabelTTAModel`; MMPretrain's model averages ``pred_score`` only.
 
     Raises:
-        ConfigError: The loss has no posterior in closed form, see :func:`calibration_settings`, or the calibrated score
-            of a class cannot exceed ``thr``.
+        ConfigError: The loss has no posterior in closed form, see
+            :func:`mmasl.models.losses.utils.calibration_settings`, or the calibrated score of a class cannot exceed
+            ``thr``.
     """
     loss_module: Any
     thr: float | None

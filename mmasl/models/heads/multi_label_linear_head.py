@@ -8,10 +8,11 @@ from torch import Tensor
 
 from mmasl.errors import ConfigError
 from mmasl.models.losses.asymmetric_loss import as_divisor
+from mmasl.models.losses.utils import calibration_settings
 from mmasl.ops import linear_asymmetric_loss
 from mmasl.registry import MODELS
 
-from .calibrated_predictions import CalibratedPredictions, calibration_settings
+from .calibrated_predictions import CalibratedPredictions
 
 
 @MODELS.register_module()

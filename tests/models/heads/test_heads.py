@@ -7,7 +7,7 @@ from mmpretrain.structures import DataSample
 from torch.testing import assert_close
 
 from mmasl.errors import ConfigError
-from mmasl.models.heads.calibrated_predictions import calibration_settings
+from mmasl.models.losses.utils import calibration_settings
 from mmasl.ops import posterior, posterior_threshold
 
 LINEAR = dict(num_classes=6, in_channels=8)
