@@ -231,7 +231,7 @@ class AsymmetricLoss(SettingsModule):
             weight = as_element_weight(weight, pred)
         # PAA also calls its loss for the assignment, without a gradient.
         track = self.probability_sums.enabled and self.training and torch.is_grad_enabled()
-        scale: Any = self.loss_weight
+        scale: Any = self.loss_weight or 1.  # the sums need the loss of a weight of 0, too
         if reduction == 'mean':
             divisor = self._divisor(pred, target, avg_factor)
             if isinstance(divisor, Tensor):  # of integers or half precision, whose dtype scale would take
@@ -253,7 +253,8 @@ class AsymmetricLoss(SettingsModule):
                 loss, sums = loss
                 self.probability_sums.add(share * sums, loss.detach().sum() / scale)
             losses.append(loss)
-        return sum(losses[1:], losses[0])
+        total = sum(losses[1:], losses[0])
+        return total if self.loss_weight else 0. * total
 
     def _notice_probabilities(self, pred: Tensor) -> None:
         """Warn once if the logits of the first training calls look like probabilities, without a host sync."""

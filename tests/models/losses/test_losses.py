@@ -340,6 +340,17 @@ def test_tracked_sums_add_up_over_calls_in_training(logits, target, labels):
     assert loss.probability_sums.total is before, 'neither evaluation nor assignment may count'
 
 
+def test_a_loss_weight_of_0_keeps_the_sums(logits, target):
+    losses = AsymmetricLoss(loss_weight=0., weight_unannotated=0.5, ignore_index=-1), AsymmetricLoss(
+        weight_unannotated=0.5, ignore_index=-1)
+    for loss in losses:
+        loss.probability_sums.enabled = True
+        value, grad = with_grad(loss, logits, target, avg_factor=4)
+        assert (value == 0 and (grad == 0).all()) == (loss is losses[0])
+    assert_close(losses[0].probability_sums.total, losses[1].probability_sums.total)
+    assert_close(losses[0].probability_sums.loss, losses[1].probability_sums.loss)
+
+
 def test_half_precision_counts_beyond_its_integers():
     """float16 ends at 65504 and bfloat16 counts to 256: the sums are float32."""
     loss = AsymmetricLoss()
