@@ -35,7 +35,11 @@ def thumbnail(path: str, size: int = 160) -> str | None:
     try:
         with Image.open(io.BytesIO(fileio.get(path))) as image:
             image.draft('RGB', (2 * size, 2 * size))
-            small = ImageOps.exif_transpose(image).convert('RGB')
+            small = ImageOps.exif_transpose(image)
+        if small.mode[0] in 'IF':  # convert() would clip 16 bits
+            pixels = np.asarray(small, np.float32)
+            small = Image.fromarray((pixels * (255 / pixels.max().clip(255))).astype(np.uint8))
+        small = small.convert('RGB')
         small.thumbnail((size, size))
         file = io.BytesIO()
         small.save(file, 'JPEG', quality=80)

@@ -71,7 +71,8 @@ def find_font(texts: tuple[str, ...]) -> str | None:
 
     if not (missing := lacks(font_manager.findfont(font_manager.FontProperties()))):
         return None
-    fonts = {font.fname: font.name for font in font_manager.fontManager.ttflist}
+    fonts = {font.fname: font.name for font in font_manager.fontManager.ttflist
+             if not font.name.startswith('Last Resort')}  # matplotlib's: it has a box for every character
     if found := next((name for path, name in fonts.items() if not lacks(path)), None):
         return found
     print_log(f'No installed font has the characters {"".join(map(chr, sorted(missing)[:5]))} of the class names, so '

@@ -218,6 +218,14 @@ def test_thumbnail_of_any_mode(tmp_path, mode, colour):
     assert thumbnail(str(tmp_path / 'a.png')).startswith('data:image/jpeg')
 
 
+def test_thumbnail_of_16_bits(tmp_path):
+    pixels = np.repeat(np.uint16([[100, 20000, 40000]]), 9, axis=0).repeat(9, axis=1)
+    Image.fromarray(pixels).save(tmp_path / 'a.png')
+    uri = thumbnail(str(tmp_path / 'a.png'))
+    small = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix('data:image/jpeg;base64,'))))
+    assert [small.getpixel((x, 4))[0] for x in (4, 13, 22)] == pytest.approx([0, 127, 255], abs=9)
+
+
 @pytest.mark.parametrize('content', [None, b'', b'text', b'\x89PNG\r\n\x1a\n' + bytes(99)],
                          ids=['missing', 'empty', 'text', 'broken'])
 def test_no_thumbnail_of_what_is_no_image(tmp_path, content):
