@@ -42,6 +42,7 @@ from mmasl.utils.markdown import markdown_table
 from mmasl.utils.thresholds import STORED
 from mmasl.utils.tools import (
     build_runner,
+    building_data,
     check_data,
     exit_on_user_error,
     is_classification,
@@ -52,6 +53,7 @@ from mmasl.utils.tools import (
     progress,
     require_file,
     set_dataloader_defaults,
+    test_hooks,
 )
 
 
@@ -103,13 +105,15 @@ def configure(args: argparse.Namespace) -> Config:
 
 def promise(cfg: Config, args: argparse.Namespace) -> None:
     """Write a checkpoint with thresholds that keep a promised recall or precision."""
-    runner = build_runner(cfg)
+    runner = build_runner(cfg, test_hooks(args))
     head = getattr(runner.model, 'head', None)
     if not isinstance(head, MultiLabelClsHead):
         raise ConfigError(f'{cfg.filename}: model.head is a {type(head).__name__}. Use a multi-label head of '
                           'MMPretrain or mmasl')
+    with building_data(cfg, args.no_check_data):
+        loader = runner.val_dataloader
     load_test_checkpoint(runner)
-    found = predict_dataset(runner.model, runner.val_dataloader, args.amp, progress)
+    found = predict_dataset(runner.model, loader, args.amp, progress)
     p, labels = found.logits.sigmoid().numpy(), found.labels.numpy()
     kind, level = ('recall', args.recall) if args.recall else ('precision', args.precision)
     if kind == 'recall':
@@ -157,17 +161,19 @@ def render_promise(p: np.ndarray, labels: np.ndarray, thresholds: np.ndarray, sa
                                  'recall here [%]'], aligned=True)
 
 
-def predict(cfg: Config, amp: bool = False) -> LabelledLogits:
+def predict(cfg: Config, args: argparse.Namespace) -> LabelledLogits:
     """Predict the validation set. Hooks may restore parameters of the loss from the checkpoint."""
-    runner = build_runner(cfg)
+    runner = build_runner(cfg, test_hooks(args))
     model = inner_model(runner.model)
     loss: Any = getattr(getattr(model, 'head', None), 'loss_module', None)
     if not isinstance(loss, AsymmetricLoss):
         raise ConfigError(f'{cfg.filename}: the loss is {type(loss).__name__}. Calibration in closed form needs '
                           'mmasl.AsymmetricLoss')
     calibration_settings(loss)
+    with building_data(cfg, args.no_check_data):
+        loader = runner.val_dataloader
     load_test_checkpoint(runner)
-    found = predict_dataset(model, runner.val_dataloader, amp, progress)
+    found = predict_dataset(model, loader, args.amp, progress)
     return LabelledLogits(found.logits, found.labels, loss.cpu())
 
 
@@ -200,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
             promise(cfg, args)
             return
         work_dir = Path(cfg.work_dir)
-        data = predict(cfg, args.amp)
+        data = predict(cfg, args)
     settings = calibration_settings(data.loss)
     threshold = format_range(posterior_threshold(0.5, **settings).sigmoid())
     bound = format_range(posterior_upper_bound(**settings))

@@ -24,6 +24,7 @@ from mmasl.utils.config import iter_dataset_configs
 from mmasl.utils.thresholds import STORED
 from mmasl.utils.tools import (
     build_runner,
+    building_data,
     check_data,
     exit_on_user_error,
     is_classification,
@@ -34,6 +35,7 @@ from mmasl.utils.tools import (
     progress,
     require_file,
     set_dataloader_defaults,
+    test_hooks,
 )
 
 
@@ -80,16 +82,18 @@ def prepare_output(flag: str, path: Path) -> None:
         raise ConfigError(f'{flag} {path} is a folder: name a file')
 
 
-def predict(cfg: Config, amp: bool = False) -> tuple[Predictions, str]:
+def predict(cfg: Config, args: argparse.Namespace) -> tuple[Predictions, str]:
     """Predict the test set. Returns the predictions and the description of the loss."""
-    runner = build_runner(cfg)
+    runner = build_runner(cfg, test_hooks(args))
     model = inner_model(runner.model)
     head: Any = getattr(model, 'head', None)
     if not isinstance(head, MultiLabelClsHead):
         raise ConfigError(f'{cfg.filename}: model.head is a {type(head).__name__}. Use a multi-label head, such as '
                           'MultiLabelLinearClsHead')
+    with building_data(cfg, args.no_check_data):
+        loader = runner.test_dataloader
     load_test_checkpoint(runner)  # hooks may restore parameters of the loss
-    found = predict_dataset(model, runner.test_dataloader, amp, progress)
+    found = predict_dataset(model, loader, args.amp, progress)
     try:
         settings = calibration_settings(head.loss_module.cpu())
         posterior_upper_bound(**settings)
@@ -112,7 +116,7 @@ def describe_dataset(cfg: Config) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(build_parser(), argv)
     cfg = configure(args)
-    predictions, loss = predict(cfg, args.amp)
+    predictions, loss = predict(cfg, args)
     Console(stderr=True).print(f'counting the errors in {predictions.labels.size:,} labels')
     errors = analyse_errors(predictions, args.top)
     facts = {'config': args.config, 'checkpoint': args.checkpoint, 'data set': describe_dataset(cfg), 'loss': loss}

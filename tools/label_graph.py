@@ -10,7 +10,15 @@ from mmengine.registry import DATASETS, DefaultScope
 
 from mmasl.analysis.label_statistics import LabelStatistics, count_labels, read_labels
 from mmasl.errors import ConfigError, DataError
-from mmasl.utils.tools import check_data, exit_on_user_error, load_config, parse_args, progress, require_file
+from mmasl.utils.tools import (
+    building_data,
+    check_data,
+    exit_on_user_error,
+    load_config,
+    parse_args,
+    progress,
+    require_file,
+)
 
 EDGES = 10  # strongest edges to print
 MISSING = 10  # words without a vector to list
@@ -94,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.glove:
         require_file(args.glove, 'file of word vectors', '; GloVe is at https://nlp.stanford.edu/projects/glove')
     check_data(cfg, 'train')
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmpretrain')):
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmpretrain')), building_data(cfg):
         dataset = DATASETS.build(cfg.train_dataloader.dataset)
     stats = count_labels(dataset, progress)
     pairs = count_pairs(dataset, stats)

@@ -9,13 +9,12 @@ from mmengine.dist import is_main_process
 from mmengine.registry import METRICS, MODELS
 
 from mmasl.apis.drawing import use_font
-from mmasl.datasets.validation import check_coco_files
+from mmasl.datasets.validation import check_annotation_files
 from mmasl.errors import ConfigError
 from mmasl.utils.checkpoint import safe_checkpoint_loading
 from mmasl.utils.config import is_kind, iter_dataset_configs
 from mmasl.utils.distributed import check_on_main_process
 from mmasl.utils.tools import (
-    TEST_HOOKS,
     build_runner,
     building_data,
     check_data,
@@ -27,6 +26,7 @@ from mmasl.utils.tools import (
     parse_args,
     require_file,
     set_dataloader_defaults,
+    test_hooks,
 )
 
 SUFFIXES = dict(pred=('.pkl', '.pickle'), metrics=('.json', '.yml', '.yaml', '.pkl', '.pickle'))
@@ -113,11 +113,10 @@ def classification_tta(cfg: Config) -> dict:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(build_parser(), argv)
     cfg = configure(args)
-    off = {'mmasl.CheckDataHook': args.no_check_data, 'mmasl.CheckFiniteHook': args.no_check_finite}
-    runner = build_runner(cfg, [hook for hook in TEST_HOOKS if not off.get(hook)])
+    runner = build_runner(cfg, test_hooks(args))
     if not args.no_check_data:
-        check_on_main_process(lambda: check_coco_files(cfg, 'test'))
-    with building_data(cfg, not args.no_check_data):
+        check_on_main_process(lambda: check_annotation_files(cfg, 'test'))
+    with building_data(cfg, args.no_check_data):
         names = getattr(runner.test_loop.dataloader.dataset, 'metainfo', {}).get('classes') or ()
     if args.out and args.out_item == 'pred':
         dump = 'DumpResults' if is_classification(cfg) else 'mmdet.DumpDetResults'

@@ -11,7 +11,7 @@ from mmengine.model import PretrainedInit
 from mmengine.optim import AmpOptimWrapper, OneCycleLR, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS, PARAM_SCHEDULERS, WEIGHT_INITIALIZERS
 
-from mmasl.datasets.validation import check_coco_files
+from mmasl.datasets.validation import check_annotation_files
 from mmasl.errors import CheckpointError, ConfigError, UnavailableError
 from mmasl.utils.checkpoint import find_checkpoint, safe_checkpoint_loading
 from mmasl.utils.config import is_kind, resolve_type
@@ -156,8 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     with downloads():  # timm downloads when the model is built, others when its weights are initialised
         runner = build_runner(cfg, automatic_hooks(cfg, args))
         if not args.no_check_data:
-            check_on_main_process(lambda: check_coco_files(cfg, 'train', 'val'))
-        with building_data(cfg, not args.no_check_data):
+            check_on_main_process(lambda: check_annotation_files(cfg, 'train', 'val'))
+        with building_data(cfg, args.no_check_data):
             runner.train_loop, runner.val_loop  # noqa: B018  # properties that build
         runner.train()
 

@@ -160,7 +160,7 @@ def load(args: argparse.Namespace) -> Data:
         from tools import calibrate
         flags = calibrate.parse_args(calibrate.build_parser(), [args.config, args.checkpoint or '', '--work-dir',
                                                                'work_dirs/guarantees'])
-        found = calibrate.predict(calibrate.configure(flags))
+        found = calibrate.predict(calibrate.configure(flags), flags)
         logits, labels = found.logits.numpy(), found.labels.numpy()
     return 1 / (1 + np.exp(-logits.astype(np.float64))), labels
 

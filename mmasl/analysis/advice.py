@@ -29,6 +29,7 @@ from mmasl.utils.checkpoint import read_checkpoint
 from mmasl.utils.config import is_kind
 from mmasl.utils.markdown import markdown_table
 from mmasl.utils.pypi_weights import PREFIX, load_from_pypi
+from mmasl.utils.tools import building_data
 
 BARS = 12  # lines of the histogram at most
 BAR_WIDTH = 40  # characters of the longest bar
@@ -59,7 +60,8 @@ def advise(cfg: Config, config: str, batches: int = 4, gpus: int = 1, plot: str 
         DataError: See :func:`mmasl.analysis.label_statistics.count_labels`.
     """
     torch.manual_seed(0)
-    loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    with building_data(cfg):
+        loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
     stats = count_labels(loader.dataset, progress)
     by_class = stats.loss_weights(weights[0], **weights[1]) if weights else {}
     yield f'## Data\n{describe_labels(stats)}'

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from mmengine.dataset import RepeatDataset
 from torch import Tensor
 
 from mmasl.errors import ConfigError, DataError
@@ -107,8 +108,11 @@ def count_labels(dataset: Any, progress: Callable[[Iterable, str], Iterable] = l
     Raises:
         DataError: A sample has no labels, a label has no class name, or the whole set has no label.
     """
-    while type(dataset).__name__ in ('RepeatDataset', 'MultiImageMixDataset'):
+    while isinstance(dataset, RepeatDataset) or (not hasattr(dataset, 'get_data_info') and hasattr(
+            dataset, 'dataset') and len(dataset) == len(dataset.dataset)):  # mixes images
         dataset = dataset.dataset
+    if not hasattr(dataset, 'get_data_info'):
+        raise DataError(f'{type(dataset).__name__} has no get_data_info, which gives the labels without the images')
     if hasattr(dataset, 'full_init'):
         dataset.full_init()
     kinds, found, per_image = set(), Counter[int](), []

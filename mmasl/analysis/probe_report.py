@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS
+from mmengine.config import Config, ConfigDict
+from mmengine.dataset import ClassBalancedDataset, RepeatDataset, pseudo_collate
+from mmengine.model import PretrainedInit
+from mmengine.registry import DATASETS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -20,8 +21,10 @@ from mmasl.analysis.loss_sites import find_loss_sites
 from mmasl.analysis.probe import FOLDS, TRIALS, Scores, Trial, extract_features, search
 from mmasl.analysis.suggestion import LADDER, Suggestion, write_config
 from mmasl.errors import ConfigError
+from mmasl.utils.config import is_kind, iter_dataset_configs
 from mmasl.utils.markdown import markdown_table
 from mmasl.utils.statistics import interval
+from mmasl.utils.tools import building_data, is_classification
 
 BATCH_SIZE = 32
 # The author's ladder, and the paper's settings without focusing of positives.
@@ -79,7 +82,7 @@ def check_config(cfg: Config, config: str) -> None:
     Raises:
         ConfigError: The config is not MMPretrain's, or its pretrained weights are not on this machine.
     """
-    if cfg.get('default_scope') != 'mmpretrain':
+    if not is_classification(cfg):
         raise ConfigError(f'{config}: --probe measures classifiers of MMPretrain, not detectors. Run without --probe')
     missing = list(drop_downloads(deepcopy(cfg.model)))
     if cfg.get('load_from') and not is_local(cfg.load_from):
@@ -95,7 +98,7 @@ def check_config(cfg: Config, config: str) -> None:
 def has_weights(model: dict | list) -> bool:
     """Whether a model config names a checkpoint to start from."""
     values = model.values() if isinstance(model, dict) else model
-    named = isinstance(model, dict) and model.get('type') == 'Pretrained'
+    named = isinstance(model, dict) and is_kind(model.get('type'), PretrainedInit, WEIGHT_INITIALIZERS)
     return named or any(has_weights(value) for value in values if isinstance(value, (dict, list)))
 
 
@@ -118,6 +121,15 @@ def describe(found: dict[str, tuple[Trial, Scores]], best: str) -> str:
     return f'{table}\n\n{apart}'
 
 
+def without_repeats(data: ConfigDict, scope: str | None) -> ConfigDict:
+    """Remove the wrappers that repeat images from the config of a data set: an image would be in two folds."""
+    while is_kind(data.get('type'), (RepeatDataset, ClassBalancedDataset), DATASETS, scope):
+        data = data.dataset
+    if 'datasets' in data:
+        data.datasets = [without_repeats(inner, scope) for inner in data.datasets]
+    return data
+
+
 def load_features(cfg: Config, model: nn.Module, images: int, end: float, cache: Path,
                   progress: Progress) -> tuple[Tensor, Tensor]:
     """Features (N, D) and labels (N, C) of a random sample of the training images, from the cache if it has them.
@@ -129,12 +141,14 @@ def load_features(cfg: Config, model: nn.Module, images: int, end: float, cache:
     Raises:
         ConfigError: The training images have another number of classes than the head.
     """
-    data = deepcopy(cfg.train_dataloader.dataset)
-    while isinstance(data.get('dataset'), dict):  # a wrapper that repeats or mixes images
-        data = data.dataset
-    # Without augmentation, if the config has such a pipeline.
-    data.pipeline = ((cfg.get('val_dataloader') or {}).get('dataset') or {}).get('pipeline', data.get('pipeline'))
-    dataset: Any = DATASETS.build(data)
+    scope = cfg.get('default_scope')
+    data = without_repeats(deepcopy(cfg.train_dataloader.dataset), scope)
+    if cfg.get('val_dataloader'):  # without augmentation
+        _, evaluated = next(iter_dataset_configs(cfg.val_dataloader.dataset, '', scope))
+        for _, inner in iter_dataset_configs(data, '', scope):
+            inner.pipeline = evaluated.get('pipeline', inner.get('pipeline'))
+    with building_data(cfg):
+        dataset: Any = DATASETS.build(data)
     weights = torch.stack([value.double().sum() for value in model.state_dict().values() if value.is_floating_point()])
     identity = json.dumps([data, images, weights.tolist(), cfg.get('data_preprocessor')], default=str)
     path = cache / f'{hashlib.sha256(identity.encode()).hexdigest()[:16]}.pt'

@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mmengine.fileio import exists, get, list_from_file
+from mmengine.fileio import exists, get
 
 from mmasl.errors import ConfigError, DataError
+from mmasl.utils.config import read_lines
 
 COCO_LISTS = dict(images='image', categories='category', annotations='annotation')
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.gif', '.jfif')  # OpenCV's
@@ -76,7 +77,7 @@ def read_class_names(names: Any, where: str, expand_user: bool = False) -> Seque
     if isinstance(names, str):
         path, source = os.path.expanduser(names) if expand_user else names, f'{names} of {where}'
         try:
-            found = list_from_file(path)
+            found = read_lines(path)
         except UnicodeDecodeError as error:
             raise DataError(f'{source} is not UTF-8 ({error}). Save it as UTF-8.') from None
         except (OSError, TypeError, ValueError):

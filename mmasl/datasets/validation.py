@@ -121,17 +121,22 @@ def _look_at_samples(dataset: BaseDataset, num_classes: int | None, key: str,
     listed: dict[str, Collection[str]] = {}
     missing: list[tuple[int, str]] = []
     pairs: set[tuple] = set()
+    packs = _packs_labels(dataset)
     last = time.monotonic()
     for index in indices:
         try:
             info = dataset.get_data_info(index)
             path = info.get('img_path')
-            if num_classes and (fault := find_label_fault(info, num_classes)):
+            if num_classes and (fault := find_label_fault(info, num_classes, packs)):
                 raise DataError(f'{path} in {key} has {fault}')
             if num_classes == 2 and 'gt_score' not in info:
                 pairs.add(tuple(np.asarray(info.get('gt_label', ())).reshape(-1).tolist()))
         except Exception as error:  # the other ranks wait for the result of this one
             return missing, (index, error)
+        if time.monotonic() - last > SECONDS_PER_REPORT:
+            last = time.monotonic()
+            print_log(f'Checking the samples of {key}: {index:,} of {len(dataset):,}. To check fewer, set '
+                      "custom_hooks=[dict(type='mmasl.CheckDataHook', max_samples=N)]", 'current')
         if not isinstance(path, str) or ':' in path.split('/')[0]:
             continue
         folder, name = os.path.split(path)
@@ -139,10 +144,6 @@ def _look_at_samples(dataset: BaseDataset, num_classes: int | None, key: str,
             listed[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else ()
         if name not in listed[folder]:
             missing.append((index, path))
-        if time.monotonic() - last > SECONDS_PER_REPORT:
-            last = time.monotonic()
-            print_log(f'Checking the samples of {key}: {index:,} of {len(dataset):,}. To check fewer, set '
-                      "custom_hooks=[dict(type='mmasl.CheckDataHook', max_samples=N)]", 'current')
     if pairs == {(0, 1), (1, 0)}:
         return missing, (0, DataError(
             f'All labels of {key} are [0, 1] or [1, 0]: they are vectors of 0 and 1, one per class, which belong in '
@@ -150,18 +151,26 @@ def _look_at_samples(dataset: BaseDataset, num_classes: int | None, key: str,
     return missing, None
 
 
-def find_label_fault(info: dict, num_classes: int) -> str:
+def _packs_labels(dataset: BaseDataset) -> bool:
+    """Whether MMPretrain's PackInputs packs the samples."""
+    kind = getattr(sys.modules.get('mmpretrain.datasets'), 'PackInputs', None)
+    return kind is not None and any(
+        isinstance(x, kind) for x in getattr(getattr(dataset, 'pipeline', None), 'transforms', ()))
+
+
+def find_label_fault(info: dict, num_classes: int, packs: bool = False) -> str:
     """What is wrong with the labels of a sample, with a hint; '' if nothing is.
 
     Args:
         info: The sample, with ``gt_label``, a number or a list of numbers, or ``gt_score``, one value per class.
         num_classes: Number of classes.
+        packs: Whether PackInputs packs the sample, which fails for None and for labels of several tasks.
     """
     label, score = info.get('gt_label'), info.get('gt_score')
     if score is not None and len(score) != num_classes:
         return f'a gt_score of {len(score)} values. It must have one for each of the {num_classes} classes.'
     if label is None or isinstance(label, dict):  # a dict has labels of several tasks
-        return ''
+        return f'gt_label={label}. It must be a list of numbers of classes.' if packs and 'gt_label' in info else ''
     text = f'gt_label={label!s:.200}.'
     try:
         values = np.asarray(label)
@@ -243,7 +252,7 @@ def first_few(values: Iterable, count: int = 5) -> str:
 
 # --------------------------------------------------------------------------------------- MMDetection's CocoDataset
 
-def check_coco_files(cfg: Config, *splits: str) -> None:
+def check_annotation_files(cfg: Config, *splits: str) -> None:
     """Check class names of all data sets, and files of MMDetection's CocoDataset, XMLDataset and CocoMetric.
 
     CocoDataset silently skips annotations that do not fit, and numbers its labels by the classes that it finds in the

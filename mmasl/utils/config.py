@@ -1,7 +1,9 @@
-"""What the dicts of a config mean: the class of a ``type``, and the data sets inside wrappers."""
+"""What the dicts of a config mean: the class of a ``type``, the data sets inside wrappers, and lists in text files."""
+import os.path as osp
 from collections.abc import Iterator
 from typing import Any
 
+from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS, Registry
 
 
@@ -72,3 +74,31 @@ def _is_dataset(path: str, config: dict, scope: str | None) -> bool:
         return False
     found = resolve_type(config['type'], DATASETS, scope)
     return isinstance(found, type) and hasattr(found, '__getitem__') and hasattr(found, '__len__')
+
+
+def drop_empty_lines(names: Any, expand_user: bool = False) -> Any:
+    """Read ``classes`` of a data set if it is a file that ends in empty lines, which MMEngine reads as classes.
+
+    Args:
+        names: The setting.
+        expand_user: Whether the data set expands ``~``, as MMPretrain does in ``classes``.
+
+    Returns:
+        The names without empty ones at the end; any other setting as it is.
+    """
+    if not isinstance(names, str):
+        return names
+    path = osp.expanduser(names) if expand_user else names
+    try:
+        found = read_lines(path)
+        return names if found == list_from_file(path) else found
+    except (OSError, TypeError, ValueError):
+        return names  # no file, or the checks report it
+
+
+def read_lines(path: str) -> list[str]:
+    """Read a text file without the empty lines at its end."""
+    lines = list(list_from_file(path))
+    while len(lines) > 1 and not lines[-1].strip():
+        lines.pop()
+    return lines

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mmasl.errors import ConfigError, DataError, DiskFullError, MMASLError, UnavailableError
-from mmasl.utils.config import is_kind, iter_dataset_configs, resolve_type
+from mmasl.utils.config import drop_empty_lines, is_kind, iter_dataset_configs, resolve_type
 from mmasl.utils.files import is_full
 
 TEST_HOOKS = ('mmasl.CheckDataHook', 'mmasl.CheckFiniteHook', 'mmasl.CheckStateDictHook')
@@ -126,6 +126,11 @@ def load_config(args: argparse.Namespace) -> Config:
     for name, value in cfg.items():
         if name.endswith(('_dataloader', '_evaluator')):
             _expand_user(value)
+        if name.endswith('_dataloader') and isinstance(value, dict) and isinstance(value.get('dataset'), dict):
+            for _, dataset in iter_dataset_configs(value['dataset'], name, cfg.get('default_scope')):
+                for place in (dataset, dataset.get('metainfo')):
+                    if isinstance(place, dict) and 'classes' in place:
+                        place['classes'] = drop_empty_lines(place['classes'], expand_user=place is dataset)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join(
@@ -169,6 +174,9 @@ def merge_options(cfg: Config, options: dict[str, Any], path: str) -> None:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError) as error:
         raise ConfigError(f'--cfg-options does not fit {path}: {error}. Check the keys and indices') from None
+    except AttributeError:  # MMEngine merges dicts into the entries of a list
+        raise ConfigError(f'--cfg-options {" ".join(options)}: entries of a list in {path} can be changed by their '
+                          'numbers only if they are dicts, and only key by key. Give the whole list') from None
     for option in lists:
         *parents, last = option.split('.')
         node = cfg
@@ -351,6 +359,12 @@ def add_hooks(cfg: Config, *hooks: str | dict) -> None:
         is_kind(kind, HOOKS.get(hook['type']), HOOKS, scope) for kind in kinds)]
 
 
+def test_hooks(args: argparse.Namespace) -> list[str]:
+    """The hooks of a test that the flags of :func:`make_parser` do not turn off."""
+    off = {'mmasl.CheckDataHook': args.no_check_data, 'mmasl.CheckFiniteHook': args.no_check_finite}
+    return [hook for hook in TEST_HOOKS if not off.get(hook)]
+
+
 def build_runner(cfg: Config, hooks: Sequence[str | dict] = TEST_HOOKS) -> Runner:
     """Build the runner of a config; on the CPU with gloo if ``--launcher pytorch`` finds no GPU.
 
@@ -378,14 +392,15 @@ def build_runner(cfg: Config, hooks: Sequence[str | dict] = TEST_HOOKS) -> Runne
 
 
 @contextmanager
-def building_data(cfg: Config, enabled: bool = True) -> Iterator[None]:
+def building_data(cfg: Config, no_check_data: bool | None = None) -> Iterator[None]:
     """Turn any error of stock data sets, samplers and evaluators while they are built into a ConfigError.
 
     Files that mmasl reads itself have messages of their own. An error of another class says at least what it is about.
 
     Args:
         cfg: The config.
-        enabled: False keeps the traceback, for those who develop a data set.
+        no_check_data: The flag of :func:`make_parser`; True keeps the traceback, for those who develop a data set. None
+            if the tool does not have the flag.
 
     Raises:
         ConfigError: The data cannot be built.
@@ -395,11 +410,11 @@ def building_data(cfg: Config, enabled: bool = True) -> Iterator[None]:
     except (MMASLError, URLError):
         raise
     except Exception as error:
-        if not enabled:
+        if no_check_data:
             raise
-        raise ConfigError(
-            f'The data of {cfg.filename or "the config"} cannot be built: {type(error).__name__}: {error}. Correct the '
-            'config or its files; --no-check-data shows the traceback') from error
+        hint = '' if no_check_data is None else '; --no-check-data shows the traceback'
+        raise ConfigError(f'The data of {cfg.filename or "the config"} cannot be built: {type(error).__name__}: '
+                          f'{error}. Correct the config or its files{hint}') from error
 
 
 def load_test_checkpoint(runner: Runner) -> None:

@@ -1,7 +1,8 @@
 """Label counts of training sets of both families."""
 import numpy as np
 import pytest
-from mmengine.dataset import BaseDataset, RepeatDataset
+from mmengine.dataset import BaseDataset, ConcatDataset, RepeatDataset
+from torch.utils.data import Subset
 
 from mmasl.analysis.label_statistics import LabelStatistics, count_labels
 from mmasl.errors import ConfigError, DataError
@@ -42,6 +43,18 @@ def test_counts(data, kind, counts, negatives, per_image, ignored):
 def test_repeated_images_count_once():
     stats = count_labels(RepeatDataset(Data(*labelled([0], [1])), times=3))
     assert stats.images == 2
+
+
+class Thrice(RepeatDataset):
+    pass
+
+
+def test_labels_inside_wrappers():
+    whole = ConcatDataset([Data(*labelled([0], [1])), Data(*labelled([2]))])
+    assert count_labels(Thrice(Data(*labelled([0], [1])), times=3)).images == 2
+    assert count_labels(Subset(whole, range(3))).counts.tolist() == [1, 1, 1], 'as a wrapper that mixes images'
+    with pytest.raises(DataError, match='Subset has no get_data_info'):
+        count_labels(Subset(whole, [0]))
 
 
 def test_classes_without_names_are_numbered():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmpretrain.datasets import MultiLabelDataset
 from PIL import Image
 
 from mmasl.datasets.annotation_files import (
@@ -22,7 +23,13 @@ from mmasl.datasets.annotation_files import (
     similar_file,
 )
 from mmasl.datasets.coco import CocoMultiLabel
-from mmasl.datasets.validation import check_coco_file, check_evaluation_file, check_voc_files, find_label_fault
+from mmasl.datasets.validation import (
+    check_coco_file,
+    check_evaluation_file,
+    check_samples,
+    check_voc_files,
+    find_label_fault,
+)
 from mmasl.datasets.voc import VOCMultiLabel
 from mmasl.errors import ConfigError, DataError, MMASLError
 
@@ -224,13 +231,20 @@ def test_damaged_files():
 # ---------------------------------------------------------------------------------------------------------- class names
 
 @pytest.mark.parametrize('content, words', [
-    (b'cat\n\ndog\n', 'classes.txt of x has an empty line 2'), (b'cat\ndog\n\n', 'empty line 3'),
+    (b'cat\n\ndog\n', 'classes.txt of x has an empty line 2'), (b'\n\n', 'empty line 1'),
     (b'\xef\xbb\xbfcat\n', 'starts with a byte order mark'), ('老虎\n'.encode('gbk'), 'is not UTF-8'),
     (b'cat\ncat\n', "classes.txt of x has 'cat' 2 times")])
 def test_lists_in_files(content, words):
     Path('classes.txt').write_bytes(content)
     with pytest.raises(MMASLError, match=words):
         read_class_names('classes.txt', 'x')
+
+
+def test_empty_lines_at_the_end_are_no_classes():
+    """MMEngine has a class without a name for each."""
+    Path('classes.txt').write_text('老虎\ndog\nelk\n\n \n')
+    assert read_class_names('classes.txt', 'x') == NAMES
+    assert labels(metainfo=dict(classes='classes.txt')) == labels(classes='classes.txt') == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize('classes, words', [
@@ -369,6 +383,17 @@ def test_labels_that_stock_heads_read(label):
     ([None], 'numbers of classes')], ids=str)
 def test_labels_that_they_would_misread(label, words):
     assert words in find_label_fault(dict(gt_label=label), 3)
+
+
+@pytest.mark.parametrize('label', [None, dict(task=[1])], ids=str)
+def test_labels_that_cannot_be_packed(label):
+    content = dict(metainfo=dict(classes=NAMES), data_list=[dict(img_path='0.jpg', gt_label=label)])
+    Path('labels.json').write_text(json.dumps(content))
+    data = MultiLabelDataset('labels.json', data_prefix='images', pipeline=[dict(type='mmpretrain.PackInputs')])
+    with pytest.raises(DataError, match='images/0.jpg in data has gt_label=.* It must be a list of numbers of classes'):
+        check_samples(data, 3, 'data')
+    data.pipeline.transforms = []
+    check_samples(data, 3, 'data')
 
 
 def test_scores_have_one_value_per_class():

@@ -81,7 +81,7 @@ class RestoreGamma(Hook):
 """)
     Path('tiny.py').write_text(f"""
 _base_ = {str(ROOT / 'configs/digits/resnet_asl_digits.py')!r}
-model = dict(backbone=dict(init_cfg=None), head=dict(num_classes=10))
+model = dict(backbone=dict(init_cfg=None), head=dict(num_classes=10), data_preprocessor=dict(num_classes=10))
 val_dataloader = dict(batch_size=4, dataset=dict(data_root='digits'))
 custom_imports = dict(imports=['mmasl', 'restore_gamma'], allow_failed_imports=False)
 custom_hooks = [dict(type='RestoreGamma')]

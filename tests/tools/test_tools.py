@@ -113,8 +113,20 @@ def test_options_reach_the_config():
 
 def test_options_that_do_not_fit(capsys):
     assert '--cfg-options does not fit c.py' in refusal('train', '--cfg-options', 'param_scheduler.4.type=X')
+    assert 'Give the whole list' in refusal('train', '--cfg-options', 'param_scheduler.0=x')
+    with pytest.raises(ConfigError, match='a.0: entries of a list in c.py can be changed by their numbers only if'):
+        cli.merge_options(Config(dict(a=[1., 2.])), {'a.0': 3}, 'c.py')
     assert refusal('train', '--cfg-options', 'novalue') == 2
     assert 'must be KEY=VALUE' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('key', ['metainfo.classes', 'classes'])
+def test_empty_lines_at_the_end_of_a_list_of_classes(key):
+    Path('three.txt').write_text('cat\ndog\nelk\n\n \n')
+    Path('two.txt').write_text('cat\n\nelk\n')
+    for name, names in (('three.txt', ['cat', 'dog', 'elk']), ('two.txt', 'two.txt'), ('none.txt', 'none.txt')):
+        dataset = configure('train', '--cfg-options', f'train_dataloader.dataset.{key}={name}').train_dataloader.dataset
+        assert (dataset.metainfo.classes if 'metainfo' in dataset else dataset.classes) == names
 
 
 @pytest.mark.parametrize('option, meant', [
@@ -276,7 +288,7 @@ def test_a_download_out_of_reach(broken, monkeypatch):
         return Runner()
 
     monkeypatch.setattr(TRAIN, 'build_runner', build)
-    monkeypatch.setattr(TRAIN, 'check_coco_files', lambda *_: None)
+    monkeypatch.setattr(TRAIN, 'check_annotation_files', lambda *_: None)
     with pytest.raises(SystemExit, match=r'could not be downloaded \(.*no route.*model.backbone.pretrained=False'):
         TRAIN.main(['c.py'])
 

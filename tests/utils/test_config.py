@@ -11,7 +11,7 @@ from mmpretrain.models import ImageClassifier, MultiLabelLinearClsHead
 
 from mmasl.apis.detection import name_type
 from mmasl.apis.model_files import inference_dataset, use_calibrated_head
-from mmasl.datasets.validation import check_coco_files
+from mmasl.datasets.validation import check_annotation_files
 from mmasl.engine.hooks import CheckDataHook
 from mmasl.errors import ConfigError, DataError
 from mmasl.utils.config import is_kind, iter_dataset_configs, resolve_type
@@ -121,7 +121,7 @@ def test_files_of_every_coco_data_set_are_checked(kind, tmp_path):
     wrapped = dict(type='RepeatDataset', times=2, dataset=dict(type=Mixture, inner=data))
     cfg = Config(dict(default_scope='mmdet', train_dataloader=dict(dataset=wrapped)))
     with pytest.raises(DataError, match="(?i)class 0 of train_dataloader.dataset.dataset.inner is 'cat', but 'dog'"):
-        check_coco_files(cfg, 'train')
+        check_annotation_files(cfg, 'train')
 
 
 def test_calibrated_heads():
