@@ -10,10 +10,10 @@ from mmengine.registry import TRANSFORMS
 
 from mmasl.apis.drawing import choose_name, use_font
 from mmasl.apis.images import describe_read_error, list_images, unreadable_images
-from mmasl.apis.model_files import checkpoint_classes, inference_dataset, load_checkpoint
+from mmasl.apis.model_files import inference_dataset, load_checkpoint
 from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
 from mmasl.errors import CheckpointError
-from mmasl.utils.checkpoint import load_weights
+from mmasl.utils.checkpoint import checkpoint_classes, load_weights
 from mmasl.utils.config import resolve_type
 from mmasl.utils.thresholds import expand_thresholds
 from mmasl.utils.tools import drop_pretrained

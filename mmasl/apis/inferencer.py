@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader
 from mmasl.apis.drawing import as_rgb, choose_name, draw_labels, use_font
 from mmasl.apis.images import Image, describe_read_error, list_images, match_channels, unreadable_images
 from mmasl.apis.label_rule import LabelRule
-from mmasl.apis.model_files import checkpoint_classes, config_classes, inference_dataset, load_checkpoint
+from mmasl.apis.model_files import config_classes, inference_dataset, load_checkpoint
 from mmasl.datasets.validation import require_depth
 from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
 from mmasl.errors import CheckpointError, ConfigError, NonFiniteError
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
 from mmasl.ops import posterior_upper_bound
-from mmasl.utils.checkpoint import inner_model, load_weights
+from mmasl.utils.checkpoint import checkpoint_classes, inner_model, load_weights
 from mmasl.utils.config import is_kind
 from mmasl.utils.thresholds import STORED, expand_thresholds
 from mmasl.utils.tools import drop_pretrained

@@ -26,12 +26,6 @@ def load_checkpoint(path: str | PathLike) -> dict:
     return convert_official(checkpoint) if is_official(checkpoint) else checkpoint
 
 
-def checkpoint_classes(checkpoint: dict) -> Sequence[str] | None:
-    """The class names in a checkpoint of MMEngine or of older versions; None without names."""
-    meta = checkpoint.get('meta') or {}
-    return {key.lower(): value for key, value in (meta.get('dataset_meta') or meta).items()}.get('classes') or None
-
-
 def config_classes(cfg: Config) -> Sequence[str] | None:
     """The class names of the test data set in a config or in its class; None without names.
 

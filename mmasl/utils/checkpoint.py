@@ -229,6 +229,12 @@ def state_of(checkpoint: dict) -> dict[str, Any]:
     return checkpoint.get('state_dict', checkpoint)
 
 
+def checkpoint_classes(checkpoint: Mapping) -> Sequence[str] | None:
+    """The class names in a checkpoint of MMEngine or of older versions; None without names."""
+    meta = checkpoint.get('meta') or {}
+    return {key.lower(): value for key, value in (meta.get('dataset_meta') or meta).items()}.get('classes') or None
+
+
 def check_state_dict(model: nn.Module, checkpoint: dict, path: str, strict: bool = True) -> None:
     """Raise if weights of a model are missing or have another shape. MMEngine only warns and keeps initial weights.
 
@@ -258,18 +264,17 @@ def check_state_dict(model: nn.Module, checkpoint: dict, path: str, strict: bool
     if not problems:
         return
     more = f', and {len(problems) - 3} more' if len(problems) > 3 else ''
-    meta = checkpoint.get('meta') or {}
-    count = len((meta.get('dataset_meta') or {}).get('classes') or ())
+    count = len(checkpoint_classes(checkpoint) or ())
     heads = {module.num_classes for name, module in model.named_modules()
              if name.endswith('head') and isinstance(getattr(module, 'num_classes', None), int)}
     classes = ''
     if count and heads and count not in heads:
         classes = (f' The checkpoint has {count} classes, and num_classes of the head is '
                    f'{" and ".join(map(str, sorted(heads)))}.')
-    raise CheckpointError(
-        f'{path} does not fit the model of the config: {"; ".join(list(problems.values())[:3])}{more}.{classes} Use '
-        'the config that it was trained with. To train from it for other classes, set load_from and '
-        'mmasl.AdaptCheckpointHook')
+    hint = _find_nested(state) or ('Use the config that it was trained with. To train from it for other classes, set '
+                                   'load_from and mmasl.AdaptCheckpointHook')
+    raise CheckpointError(f'{path} does not fit the model of the config: {"; ".join(list(problems.values())[:3])}'
+                          f'{more}.{classes} {hint}')
 
 
 def _find_problem(key: str, value: Any, state: Mapping[str, Any]) -> str:
@@ -318,10 +323,8 @@ def describe_misfit(checkpoint: dict, own: Collection[str], key: str = '') -> st
     state = state_of(checkpoint)
     names = [name for name, value in state.items() if isinstance(value, Tensor)]
     text = f'It has {", ".join(list(map(str, state))[:3])}, and the model has {", ".join(list(own)[:3])}.'
-    for name, value in state.items():
-        if not names and isinstance(value, dict) and any(isinstance(x, Tensor) for x in value.values()):
-            return (f'{text} Its weights are under {name!r}: save them alone, '
-                    f'torch.save(torch.load(FILE, weights_only=True)[{name!r}], NEW).')
+    if nested := _find_nested(state):
+        return f'{text} {nested}'
     parts = Counter(name[:place.end()] for name in names for place in re.finditer(r'\.', name)
                     if name[place.end():] in own)
     if key and parts:
@@ -335,6 +338,16 @@ def describe_misfit(checkpoint: dict, own: Collection[str], key: str = '') -> st
     if parts:
         return f'{text} The names in the file start with {parts.most_common(1)[0][0]!r}: save them without it.'
     return text
+
+
+def _find_nested(state: Mapping[str, Any]) -> str:
+    """Say under which key a file has its weights, and how to save them alone; '' if they are at its top."""
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        for name, value in state.items():
+            if isinstance(value, dict) and any(isinstance(x, Tensor) for x in value.values()):
+                return (f'Its weights are under {name!r}: save them alone, '
+                        f'torch.save(torch.load(FILE, weights_only=True)[{name!r}], NEW).')
+    return ''
 
 
 def check_pretrained(model: nn.Module, files: Mapping[str, dict]) -> None:

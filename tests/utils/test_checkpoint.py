@@ -316,7 +316,9 @@ def test_a_checkpoint_that_fits():
      (r'a.pth does not fit the model of the config: head.fc.weight is \(2, 2\) in the checkpoint and \(3, 2\) in the '
       r'model; head.fc.bias is .* The checkpoint has 2 classes, and num_classes of the head is 3')),
     (dict(state_dict={'head.fc.weight': torch.zeros(3, 2)}), 'head.fc.bias is missing'),
-    ({'stem': torch.zeros(1)}, 'head.fc.weight is missing; head.fc.bias is missing')], ids=['classes', 'part', 'other'])
+    ({'stem': torch.zeros(1)}, 'head.fc.weight is missing; head.fc.bias is missing'),
+    (dict(teacher={'head.fc.bias': torch.zeros(3)}, epoch=3), "Its weights are under 'teacher': save them alone")],
+    ids=['classes', 'part', 'other', 'key'])
 def test_a_checkpoint_that_does_not_fit(content, message):
     with pytest.raises(CheckpointError, match=message):
         check_state_dict(Head(3), content, 'a.pth')

@@ -1,16 +1,19 @@
 """Checks and adapts checkpoints while they are loaded."""
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader, Runner
 
+from mmasl.engine.hooks.checks import reads_text
 from mmasl.errors import CheckpointError, ConfigError
 from mmasl.registry import HOOKS
 from mmasl.utils.checkpoint import (
     check_pretrained,
     check_state_dict,
+    checkpoint_classes,
     convert_official,
     describe_misfit,
     is_official,
@@ -26,18 +29,21 @@ from mmasl.utils.thresholds import STORED
 
 @HOOKS.register_module()
 class CheckStateDictHook(Hook):
-    """Refuses checkpoints that do not fit the model, after other hooks have adapted them.
+    """Refuses checkpoints that do not fit the model or the classes, after other hooks have adapted them.
 
     MMEngine only warns, and continues with initial weights. tools/test.py adds the hook, tools/train.py with
     ``strict=False`` unless it resumes. The hook also checks the checkpoints of ``init_cfg``. A resumed run does not
     load those, because its checkpoint has all weights.
 
+    A class at another place in the checkpoint than in the data set is refused too, because labels would be those of
+    other classes. Classes with other names are only warned of. :class:`AdaptCheckpointHook` replaces this check.
+
     Args:
         strict: Whether all weights must fit, as for a test. Without, one that fits is enough, as to train from them; a
-            warning tells if less than half of the weights fit.
+            warning tells if less than half of the weights fit, or if classes are at other places.
 
     Raises:
-        CheckpointError: See :func:`mmasl.utils.checkpoint.check_state_dict` and
+        CheckpointError: A class is at another place. See also :func:`mmasl.utils.checkpoint.check_state_dict` and
             :func:`mmasl.utils.checkpoint.check_pretrained`.
     """
     priority = 'LOWEST'
@@ -77,6 +83,26 @@ class CheckStateDictHook(Hook):
             state = {f'module.{name}': value for name, value in state.items()}  # and would remove that of LoRAModel
         if 'state_dict' in checkpoint:
             checkpoint['state_dict'] = state
+        if classes := checkpoint_classes(checkpoint):
+            self._check_classes(runner, list(map(str, classes)))
+
+    def _check_classes(self, runner: Runner, source: list[str]) -> None:
+        target = list(map(str, dataset_classes(runner) or ()))
+        if is_resuming(runner) or reads_text(unwrap_model(runner.model)) or any(
+                isinstance(hook, AdaptCheckpointHook) for hook in runner.hooks):
+            return
+        if len(source) != len(target) or source == target:  # a head of another size does not fit, or starts anew
+            return
+        place = next(i for i, pair in enumerate(zip(source, target)) if pair[0] != pair[1])
+        text = (f'class {place} is {source[place]!r} in {checkpoint_name(runner)} and {target[place]!r} in the data '
+                'set')
+        known, times = set(target), Counter(source + target)
+        if moved := [a for a, b in zip(source, target) if a != b and a in known and times[a] == 2]:
+            text += f', and {_listed(moved)} {"is" if len(moved) == 1 else "are"} at another place'
+            if self.strict:
+                raise CheckpointError(f"{text}. Add dict(type='mmasl.AdaptCheckpointHook') to custom_hooks to sort the "
+                                      'head by class name, or use the classes that it was trained with')
+        print_log(f'{text}. The head keeps the order of the checkpoint', 'current', logging.WARNING)
 
 
 @HOOKS.register_module()
@@ -117,8 +143,7 @@ class AdaptCheckpointHook(Hook):
             converted = convert_official(checkpoint)
             checkpoint.clear()
             checkpoint.update(converted)
-        source = (checkpoint.get('meta', {}).get('dataset_meta') or {}).get('classes')
-        target = self._dataset_classes(runner)
+        source, target = checkpoint_classes(checkpoint), dataset_classes(runner)
         if not source or not target:
             return
         if unknown := self.aliases.keys() - set(target):
@@ -164,12 +189,13 @@ class AdaptCheckpointHook(Hook):
                 'mmasl.AdaptCheckpointHook, or set by_name=False there if only the names differ')
         print_log(f'{words} and start from initial weights: {", ".join(missing[:20])}', 'current', logging.WARNING)
 
-    @staticmethod
-    def _dataset_classes(runner: Runner) -> Sequence[str] | None:
-        for split in ('train', 'test', 'val'):
-            if loop := built_loop(runner, split):
-                return getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes')
-        return None
+
+def dataset_classes(runner: Runner) -> Sequence[str] | None:
+    """The class names of the data set that is trained with or tested; None without names."""
+    for split in ('train', 'test', 'val'):
+        if loop := built_loop(runner, split):
+            return getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes')
+    return None
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
-from mmasl.engine.hooks.checkpoint import AdaptCheckpointHook
+from mmasl.engine.hooks.checkpoint import AdaptCheckpointHook, CheckStateDictHook
 from mmasl.errors import CheckpointError, ConfigError
 from mmasl.utils.checkpoint import match_rows
 
@@ -40,8 +40,8 @@ def fake_runner(model: nn.Module, classes: tuple[str, ...], resume: bool = False
         def run(self):
             pass
 
-    runner = SimpleNamespace(model=model, _resume=resume, _load_from='a.pth', _val_loop=None, _test_loop=dict(),
-                             _train_loop=dict())
+    runner = SimpleNamespace(model=model, hooks=[], _resume=resume, _load_from='a.pth', _val_loop=None,
+                             _test_loop=dict(), _train_loop=dict())
     setattr(runner, '_train_loop' if training else '_test_loop', Loop(runner, torch.utils.data.DataLoader(dataset)))
     return runner
 
@@ -109,6 +109,30 @@ def test_a_test_of_classes_that_the_checkpoint_lacks_is_refused():
         adapt(mmengine_file(('a', )), Linear(2), ('a', 'b'), training=False)
     state = adapt(mmengine_file(('a', 'B', 'c')), Linear(2), ('c', 'b'), training=False, aliases=dict(b='B'))
     assert state['state_dict']['head.fc.bias'].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize('classes, strict, outcome', [
+    ('acb', True, 'refused'), ('acb', False, "class 1 is 'b' in a.pth and 'c' in the data set, and 'b', 'c' are at"),
+    ('bxy', True, 'refused'), ('axy', True, "class 1 is 'b' in a.pth and 'x' in the data set. The head keeps"),
+    ('abc', True, ''), ('aac', True, "class 1 is 'b' in a.pth and 'a' in the data set. The head keeps")])
+def test_classes_at_another_place_without_the_hook(classes, strict, outcome, monkeypatch):
+    """A test of them would count the labels of other classes. Names that differ may be synonyms."""
+    logged = []
+    monkeypatch.setattr('mmasl.engine.hooks.checkpoint.print_log', lambda message, *_: logged.append(message))
+    runner, hook = fake_runner(Linear(3), tuple(classes), training=False), CheckStateDictHook(strict)
+    if outcome == 'refused':
+        with pytest.raises(CheckpointError, match='other place. Add .*AdaptCheckpointHook'):
+            hook.after_load_checkpoint(runner, mmengine_file(tuple('abc')))
+        for known in ('language_model', 'hook', 'resume'):
+            runner = fake_runner(Linear(3), tuple(classes), resume=known == 'resume', training=False)
+            if known == 'hook':
+                runner.hooks = [AdaptCheckpointHook()]
+            elif known == 'language_model':
+                runner.model.language_model = nn.Identity()
+            hook.after_load_checkpoint(runner, mmengine_file(tuple('abc')))
+    else:
+        hook.after_load_checkpoint(runner, mmengine_file(tuple('abc')))
+        assert len(logged) == bool(outcome) and all(text.startswith(outcome) for text in logged)
 
 
 HEADS = {'Query2Label': (dict(type='mmasl.Query2LabelHead', embed_dims=8, num_heads=2, feedforward_channels=8),

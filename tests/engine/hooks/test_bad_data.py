@@ -214,7 +214,7 @@ def without_labels(content: dict) -> None:
     del content['annotations'][4:]
 
 
-def checkpoint(config: str, value: float) -> None:
+def checkpoint(config: str, value: float, *classes: str) -> None:
     """Write a checkpoint of the config's model whose last weights are ``value``."""
     cfg = Config.fromfile(f'{config}.py')
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
@@ -222,7 +222,7 @@ def checkpoint(config: str, value: float) -> None:
     for name in ('head.fc.weight', 'bbox_head.conv_cls.weight'):
         if name in state:
             state[name].fill_(value)
-    torch.save(dict(meta=dict(), state_dict=state), 'weights.pth')
+    torch.save(dict(meta=dict(dataset_meta=dict(classes=classes)), state_dict=state), 'weights.pth')
 
 
 SKIP = "custom_hooks = [dict(type='mmasl.CheckDataHook', skip_unreadable=2)]\n"
@@ -275,7 +275,11 @@ FAULTS = {
     'COCO labels: one class without a comma': (
         'coco', lambda: None, "train_dataloader['dataset'].update(metainfo=dict(classes=('cat')))"),
     'COCO labels: list of classes with an empty line': (
-        'coco', lambda: write('classes.txt', 'cat\n\n'), "train_dataloader['dataset'].update(classes='classes.txt')"),
+        'coco', lambda: write('classes.txt', 'cat\n\nelk\n'),
+        "train_dataloader['dataset'].update(classes='classes.txt')"),
+    'COCO labels: list of classes that ends in empty lines': (
+        'coco', lambda: write('classes.txt', 'cat\ndog\nelk\n\n\n'),
+        "train_dataloader['dataset'].update(classes='classes.txt')"),
     '16-bit image, read with Pillow': (
         'coco', deep, "pipeline[0].update(imdecode_backend='pillow')"),
     'VOC: .png images, empty lines, an empty `<difficult/>`': ('voc', loosely, ''),
@@ -323,6 +327,9 @@ FAULTS = {
         'detection', lambda: edit('coco/train.json', lambda x: x['categories'][1].update(name='cat')), ''),
     'detection: one class without a comma': (
         'detection', lambda: None, "train_dataloader['dataset']['metainfo'].update(classes=('cat'))"),
+    'detection: list of classes that ends in an empty line': (
+        'detection', lambda: write('classes.txt', 'cat\ndog\nelk\n\n'),
+        "train_dataloader['dataset']['metainfo'].update(classes='classes.txt')"),
     'detection: boxes given as corners': ('detection', lambda: edit('coco/train.json', lambda x: [
         ann.update(bbox=[15, 15, 30, 30]) for ann in x['annotations']]), ''),
     'detection: image of another size than stated': (
@@ -373,6 +380,8 @@ FAULTS = {
     '`save_best` that no metric reports': (
         'coco', lambda: None, "default_hooks = dict(checkpoint=dict(type='CheckpointHook', save_best='mAP'))"),
     'threshold of an unknown class': ('coco', lambda: None, 'val_evaluator.update(threshold=dict(eel=0.3))'),
+    'checkpoint with classes in another order': ('test coco', lambda: checkpoint('coco', 0., 'dog', 'cat', 'elk'), ''),
+    'checkpoint with other names of classes': ('test coco', lambda: checkpoint('coco', 0., 'cat', 'hound', 'elk'), ''),
     # numbers
     'batch whose labels are all ignored': ('mmpretrain', lambda: edit('mmpretrain/data.json', lambda x: [
         x['data_list'][i].update(gt_score=[-1, -1, -1] if i < 2 else [0, 1, 0]) for i in range(4)]),
