@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     height, width = exportable.metadata['input_size']
-    print(f"{args.out}: input ({args.batch or 'batch'}, 3, {height}, {width}), {len(file) / 1e6:.1f} MB")
+    channels = len(exportable.metadata['mean'])
+    print(f"{args.out}: input ({args.batch or 'batch'}, {channels}, {height}, {width}), {len(file) / 1e6:.1f} MB")
 
 
 if __name__ == '__main__':

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mmasl.apis.inferencer import MultiLabelInferencer
-from mmasl.apis.model_files import checkpoint_classes, inference_dataset, load_checkpoint
+from mmasl.apis.model_files import config_classes, inference_dataset, load_checkpoint
 from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
 from mmasl.errors import ConfigError
 from mmasl.models.calibrated_dense_head import CalibratedDenseHead
 from mmasl.ops import posterior, posterior_threshold
-from mmasl.utils.checkpoint import load_weights
+from mmasl.utils.checkpoint import checkpoint_classes, load_weights
 from mmasl.utils.tools import drop_pretrained
 
 BATCHES = (1, 3)  # images per batch in the comparison of a dynamic batch size
@@ -31,7 +31,7 @@ class Exportable(NamedTuple):
     """A module to export.
 
     Args:
-        module: Module of normalised images (N, 3, H, W) that returns a tuple of tensors.
+        module: Module of normalised images (N, K, H, W), of K channels, that returns a tuple of tensors.
         outputs: Names of the outputs.
         metadata: What a reader of the file needs: see :func:`describe`.
     """
@@ -41,7 +41,7 @@ class Exportable(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """Computes p and, with ``settings`` of the loss, the calibrated score of normalised images (N, 3, H, W)."""
+    """Computes p and, with ``settings`` of the loss, the calibrated score of normalised images (N, K, H, W)."""
 
     def __init__(self, model: nn.Module, settings: dict[str, Any] | None) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class FeatureMaps(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the maps of normalised images (N, 3, H, W)."""
+        """Return the maps of normalised images (N, K, H, W)."""
         maps, head = self.model(images, mode='tensor'), self.model.bbox_head
         if isinstance(head, CalibratedDenseHead):
             maps = head.calibrate(maps[0]), *maps[1:]
@@ -169,27 +169,33 @@ def prepare_detector(cfg: Config, weights: str | PathLike, shape: list[int]) -> 
     if any(side % step for side in shape):
         raise ConfigError(f'--shape {shape[0]} {shape[1]}: images are padded to multiples of {step}; give multiples of '
                           'it')
-    dataset = inference_dataset(cfg)
-    classes = checkpoint_classes(checkpoint) or (dataset.get('metainfo') or {}).get('classes')
-    metadata = describe(model, classes, shape, dataset.pipeline)
+    classes = checkpoint_classes(checkpoint) or config_classes(cfg)
+    metadata = describe(model, classes, shape, inference_dataset(cfg).pipeline)
     metadata['test_cfg'] = cfg.model.get('test_cfg')
     metadata['calibrated'] = isinstance(model.bbox_head, CalibratedDenseHead)
     if hasattr(model.bbox_head, 'prior_generator'):
         metadata['strides'] = [list(stride) for stride in model.bbox_head.prior_generator.strides]
     with torch.no_grad():
-        outputs = model.eval()(torch.zeros(1, 3, *shape), mode='tensor')
+        outputs = model.eval()(_blank(1, metadata), mode='tensor')
     names = [f'output_{kind}_{level}' for kind, maps in enumerate(outputs) for level in range(len(tree_leaves(maps)))]
     return Exportable(FeatureMaps(model), names, metadata)
 
 
 def describe(model: Any, classes: Sequence[str] | None, shape: list[int], pipeline: list) -> dict[str, Any]:
-    """Collect the metadata: classes, input_size, channel_order, mean, std and the test pipeline."""
+    """Collect the metadata: classes, input_size, channel_order, mean and std of each channel, and the test pipeline."""
     normaliser = model.data_preprocessor
     to_rgb = getattr(normaliser, 'to_rgb', False) or getattr(normaliser, '_channel_conversion', False)
-    normalised = getattr(normaliser, '_enable_normalize', False)
-    return dict(classes=classes, input_size=shape, channel_order='RGB' if to_rgb else 'BGR',
-                mean=normaliser.mean.flatten().tolist() if normalised else [0.] * 3,
-                std=normaliser.std.flatten().tolist() if normalised else [1.] * 3, pipeline=pipeline)
+    mean, std = (value.flatten() for value in (normaliser.mean, normaliser.std)) if getattr(
+        normaliser, '_enable_normalize', False) else (torch.zeros(1), torch.ones(1))
+    color_type = pipeline[0].get('color_type', 'color')
+    loaded = 1 if color_type.startswith('grayscale') or (color_type == 'unchanged' and len(mean) == 1) else 3
+    mean, std, _ = torch.broadcast_tensors(mean, std, torch.empty(loaded))
+    return dict(classes=classes, input_size=shape, mean=mean.tolist(), std=std.tolist(), pipeline=pipeline,
+                channel_order='GRAY' if len(mean) == 1 else 'RGB' if to_rgb else 'BGR')
+
+
+def _blank(count: int, metadata: dict[str, Any]) -> Tensor:
+    return torch.zeros(count, len(metadata['mean']), *metadata['input_size'])
 
 
 def export(exportable: Exportable, opset: int | None = None, batch: int | None = None) -> bytes:
@@ -208,7 +214,7 @@ def export(exportable: Exportable, opset: int | None = None, batch: int | None =
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of PyTorch's own code
         program: Any = torch.onnx.export(
-            _trace(exportable, batch), (torch.zeros(batch or TRACED, 3, *metadata['input_size']), ),
+            _trace(exportable, batch), (_blank(batch or TRACED, metadata), ),
             input_names=['input'], output_names=exportable.outputs, dynamic_shapes=_dynamic(batch), opset_version=opset,
             custom_translation_table=exact_translations(), dynamo=True, verbose=False)
     found = program.model.opset_imports['']
@@ -231,7 +237,7 @@ def _trace(exportable: Exportable, batch: int | None) -> torch.export.ExportedPr
         ConfigError: The batch size should be free, and the model fixes it.
     """
     module, guards = exportable.module.eval(), _Guards()
-    images = torch.zeros(batch or TRACED, 3, *exportable.metadata['input_size'])
+    images = _blank(batch or TRACED, exportable.metadata)
     try:
         with guards:
             return torch.export.export(module, (images, ), dynamic_shapes=_dynamic(batch), strict=False)
@@ -307,10 +313,10 @@ def compare_with_torch(file: bytes, exportable: Exportable, batches: Sequence[in
     session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
     rng = torch.Generator().manual_seed(0)
     metadata, module = exportable.metadata, exportable.module.eval()
-    mean, std = (torch.tensor(metadata[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    mean, std = (torch.tensor(metadata[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     found = {output.name: 0. for output in session.get_outputs()}
     for size in batches:
-        images = (torch.randint(256, (size, 3, *metadata['input_size']), generator=rng) - mean) / std
+        images = (torch.randint(256, (size, len(mean), *metadata['input_size']), generator=rng) - mean) / std
         actual = session.run(None, {'input': images.numpy()})
         for name, ours, theirs in zip(found, actual, [output.numpy() for output in module(images)], strict=True):
             # NaN stays NaN and fails every tolerance.

@@ -27,13 +27,14 @@ def tagger_files(model: bytes, metadata: dict[str, Any]) -> dict[str, bytes]:
         Contents by file name.
 
     Raises:
-        ConfigError: The head decides by ``topk``, the images are BGR, or a step of the pipeline has no equivalent.
+        ConfigError: The head decides by ``topk``, the images are not RGB, or a step of the pipeline has no equivalent.
     """
     thresholds = metadata.get('pred_score_thr')
     if thresholds is None:
         raise ConfigError(f"the head decides by topk={metadata.get('topk')}, and taggers by thresholds: give --thr")
     if metadata['channel_order'] != 'RGB':
-        raise ConfigError('taggers read RGB images, and data_preprocessor.to_rgb is not True: give an .onnx file')
+        raise ConfigError(f"taggers read RGB images, and the model takes {metadata['channel_order']}: give an .onnx "
+                          'file')
     steps = [step for transform in metadata['pipeline'] if (step := _translate(transform, metadata['input_size']))]
     if not steps:  # images of any size, which the file does not take
         steps = [dict(type='resize', size=list(metadata['input_size']), interpolation='bilinear')]

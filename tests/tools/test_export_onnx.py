@@ -117,6 +117,27 @@ def test_a_stock_head_has_one_output():
     assert (meta['channel_order'], meta['mean'], meta['std']) == ('BGR', [0.] * 3, [1.] * 3)
 
 
+@pytest.mark.parametrize('load, mean, order', [
+    (dict(color_type='grayscale'), [7.], 'GRAY'), (dict(color_type='unchanged'), [7.], 'GRAY'), ({}, [7.], 'RGB')])
+def test_grey_images(load, mean, order, monkeypatch):
+    """A model of one channel, and one of three channels with the same mean."""
+    channels = 3 if order == 'RGB' else 1
+    monkeypatch.setattr(SteepBackbone, 'forward', lambda self, x: (x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x, ))
+    Path('grey.py').write_text(f"_base_ = 'cls.py'\nload = {dict(load, type='LoadImageFromFile')}\n"
+                               f"model = dict(data_preprocessor=dict(mean={mean}, std=[5.]))\n"
+                               "test_dataloader = dict(dataset=dict(pipeline=[load, dict(type='PackInputs')]))\n")
+    export_onnx.main(['grey.py', 'cls.pth', '--out', 'm.onnx', '--shape', '8', '12'])
+    running, meta = session()
+    assert (meta['channel_order'], meta['mean'], meta['std']) == (order, [7.] * channels, [5.] * channels)
+    image = np.random.default_rng(0).integers(0, 40, (8, 12), dtype=np.uint8)
+    batch = np.broadcast_to((image - np.float32(7)) / 5, (1, channels, 8, 12))
+    p, = running.run(['pred_score'], {'input': batch.astype(np.float32)})
+    mmcv.imwrite(image, 'grey.png')
+    sample, = MultiLabelInferencer('grey.py', 'cls.pth', 'cpu', show_progress=False)(
+        'grey.png', return_datasamples=True)['predictions']
+    assert_close(torch.from_numpy(p[0]), sample.pred_score, rtol=0, atol=1e-5)
+
+
 def test_opset_and_fixed_batch():
     export_onnx.main(['cls.py', 'cls.pth', '--out', 'm.onnx', '--calibrated', '--opset', '20', '--batch', '2'])
     running, _ = session()
@@ -212,7 +233,7 @@ def test_scores_are_exact_for_all_logits(settings):
     """The exporter's own forms of two functions give NaN for confident logits."""
     z = torch.cat([torch.linspace(-200, 200, 4001), *(sign * torch.logspace(-9, 6, 100) for sign in (-1, 1)),
                    torch.tensor([-88., -103.97, 88.8])])
-    file = export(Exportable(Scores(**settings), ['p', 'q'], dict(input_size=[1, 1])))
+    file = export(Exportable(Scores(**settings), ['p', 'q'], dict(input_size=[1, 1], mean=[0.] * 3)))
     p, q = onnxruntime.InferenceSession(file).run(None, {'input': z.view(-1, 1, 1, 1).expand(-1, 3, 1, 1).numpy()})
     z = z.double()[:, None].expand(-1, 3)
     assert_close(torch.from_numpy(p), z.sigmoid(), rtol=0, atol=1e-6, check_dtype=False)
