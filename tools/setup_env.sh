@@ -21,7 +21,8 @@ pip() { "$VENV/bin/python" -m pip "$@" -c constraints.txt; }
 version=$(sed -n 's/^onedl-mmcv==//p' constraints.txt)
 
 echo "== torch and torchvision (1 to 3 minutes after the download)"
-pip install -q torch torchvision numpy setuptools wheel ninja psutil packaging
+# Python compiles the few files it imports itself.
+pip install -q --no-compile torch torchvision numpy setuptools wheel ninja psutil packaging
 
 if [ "$part" = cls ]; then
     if ! "$VENV/bin/python" -c 'import mmcv' 2>/dev/null; then

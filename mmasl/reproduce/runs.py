@@ -47,7 +47,7 @@ class Run:
         config: Path of the config.
         work_dir: Folder of the run.
         options: Overrides of the config, as in ``--cfg-options``.
-        placement: Overrides that distribute the run over a machine. They are not part of its settings.
+        placement: Overrides that fit the run to a machine. They are not part of its settings.
         checkpoint: Path or URL of the checkpoint to evaluate; '' trains.
     """
     config: str
