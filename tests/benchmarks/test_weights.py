@@ -1,4 +1,5 @@
 """benchmarks/weights/weights.py: its rows on a small set, paired repetitions, and the page against its rows."""
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from benchmarks.weights import weights as study
 from mmasl.analysis.probe import Trial
 from mmasl.reproduce.runs import read_rows
+from mmasl.utils.statistics import interval
 
 
 def make_features(count: int = 200, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,6 +53,29 @@ def test_the_page_shows_what_was_measured():
     text = study.PAGE.read_text()
     assert study.fill_page(text) == text, 'run benchmarks/weights/weights.py'
     counts = Counter((row['data'], row['loss'], row['weights']) for row in read_rows(study.ROWS))
-    assert counts == {(data, loss, weights): study.FOLDS for data in {key[0] for key in counts}
-                      for loss in study.LOSSES for weights in study.WEIGHTS}
+    assert counts == {(data, loss, weights): study.FOLDS for data, loss in {key[:2] for key in counts}
+                      for weights in study.WEIGHTS}
     assert all(row['commit'] for row in read_rows(study.ROWS))
+
+
+def gain(data: str, loss: str, weights: str, figure: str) -> tuple[float, float]:
+    columns = study.read_columns(data)
+    return interval(columns[loss, weights][figure] - columns[loss, 'none'][figure])
+
+
+def test_what_the_page_says_of_the_digits():
+    _, inverse, effective, odds, root = study.WEIGHTS
+    for loss, weights in itertools.product(study.LOSSES, (inverse, effective)):
+        for figure, least in (('mAP', 0.65), ('rare', 2.15)):
+            mean, half = gain('digits', loss, weights, figure)
+            assert mean > max(half, least)
+    mean, half = gain('digits', 'cross-entropy', odds, 'mAP')
+    assert mean <= half
+    assert gain('digits', 'ASL', root, 'mAP')[0] > 0.65 > gain('digits', 'cross-entropy', root, 'mAP')[0]
+    assert all(gain('digits', *key, 'CF1_tuned')[0] < 0.55 for key in itertools.product(study.LOSSES, study.WEIGHTS))
+    found = {weights: {figure: values.mean() for figure, values in column.items()}
+             for (loss, weights), column in study.read_columns('digits').items() if loss == 'ASL'}
+    assert [round(found[weights]['CF1'], 1) for weights in ('none', odds)] == [79.9, 51.7]
+    assert round(found[odds]['CF1_calibrated'], 1) == 25.6
+    assert all(abs(found[weights]['CF1_calibrated'] - found[weights]['CF1_tuned']) < 0.5
+               for weights in ('none', inverse, effective))
