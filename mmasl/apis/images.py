@@ -1,5 +1,6 @@
 """Lists the images that an inferencer gets, and describes those that cannot be read."""
 import logging
+import os
 import os.path as osp
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -63,9 +64,12 @@ def _expand(item: Image) -> Iterator[str | np.ndarray]:
         if not names:
             raise DataError(f'the folder {path} has no image: files must end in {", ".join(SUFFIXES)}, and subfolders '
                             'are not searched')
-        if others := [name for name in files if name not in set(names)]:
-            print_log(f'{path}: {len(others)} files that do not end as images do are left out: {first_few(others)}',
-                      'current', logging.WARNING)
+        others = [name for name in files if name not in set(names)]
+        if osp.isdir(path):  # the listing leaves them out, such as ._0.jpg of a Mac
+            others += sorted(name for name in os.listdir(path) if name[0] == '.' and name.lower().endswith(SUFFIXES))
+        if others:
+            print_log(f'{path}: {len(others)} files that are hidden or do not end as images do are left out: '
+                      f'{first_few(others)}', 'current', logging.WARNING)
         for name in names:
             yield join_path(path, name)
 

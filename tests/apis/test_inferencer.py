@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from mmasl.apis import inferencer as module
 from mmasl.apis import model_files
 from mmasl.apis.drawing import as_rgb, draw_labels, find_font, use_font
-from mmasl.apis.images import match_channels
+from mmasl.apis.images import list_images, match_channels
 from mmasl.apis.inferencer import MultiLabelInferencer
 from mmasl.apis.label_rule import LabelRule, parse_thresholds
 from mmasl.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UnreadableImageError
@@ -592,6 +592,16 @@ def test_arrays_get_the_channels_of_the_loader(shape, color_type, expected):
     (np.array([[0, 1000]], np.uint16), [[[0] * 3, [255] * 3]])], ids=['grey', 'alpha', 'BGR', 'BGRA', '16 bits'])
 def test_images_for_drawing(image, expected):
     assert as_rgb(image).tolist() == expected and as_rgb(image).dtype == np.uint8
+
+
+def test_files_of_a_folder_that_are_left_out_are_named(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr('mmasl.apis.images.print_log', lambda message, *_: said.append(message))
+    (tmp_path / 'below').mkdir()
+    for name in ('a.JPG', '._a.JPG', '.hidden', 'Thumbs.db', 'b.png', 'below/c.png'):
+        (tmp_path / name).touch()
+    assert [Path(path).name for path in list_images(tmp_path)] == ['a.JPG', 'b.png']
+    assert len(said) == 1 and said[0].endswith('are left out: Thumbs.db, ._a.JPG')
 
 
 def test_a_font_that_has_the_characters(tmp_path, monkeypatch):
