@@ -34,7 +34,7 @@ def compile_kernel(dtype: str, labels: bool, soft: bool, sums: bool) -> tuple[st
     block_c = triton_impl._class_block(80, 1)
     constants = dict(
         HAS_LABELS=labels, MAY_BE_SOFT=soft, PER_CLASS_POS=False, PER_CLASS_NEG=False, PER_CLASS_CLIP=False,
-        PER_CLASS_ALPHA=False, PER_CLASS_WEIGHT=False, PER_CLASS_POS_WEIGHT=False, DETACH=False,
+        PER_CLASS_ALPHA=False, PER_CLASS_WEIGHT=False, PER_CLASS_POS_WEIGHT=False, DETACH=False, SOFT_LABEL='mixture',
         LOSS=triton_impl.MODES['sum'], BLOCK_R=ELEMENTS // block_c, BLOCK_C=block_c,
         quality_ptr=None, weight_ptr=None, alpha_ptr=None, class_weight_ptr=None, pos_weight_ptr=None,
         upstream_ptr=None, ignore_index=None, stride_class=1, target_outer=0, target_class=0 if labels else 1,

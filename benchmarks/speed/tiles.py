@@ -32,7 +32,8 @@ def measure(device: str, quick: bool = False) -> Iterator[dict]:
         logits, target = batch(rows, classes, form, device)
         parameters = {name: torch.tensor(value, device=device) for name, value in CLASSIFICATION.items()}
         problem = Problem(**dict.fromkeys(Problem._fields) | parameters | dict(
-            logits=logits.detach().to(dtype), target=target, detach_focusing=False, reduction='sum'))
+            logits=logits.detach().to(dtype), target=target, detach_focusing=False, reduction='sum',
+            soft_label='mixture'))
         calls = {tile: partial(triton_impl.run, problem, tile=tile) for tile in (GRID[:1] if quick else GRID)}
         calls.setdefault(DEFAULT, partial(triton_impl.run, problem, tile=DEFAULT))
         if device == 'cuda':

@@ -123,6 +123,7 @@ def asymmetric_loss(logits: Tensor,
                     class_weight: Parameter | None = None,
                     pos_weight: Parameter | None = None,
                     detach_focusing: bool = False,
+                    soft_label: str = 'mixture',
                     ignore_index: int | None = None,
                     weight: Tensor | None = None,
                     scale: Parameter = 1.,
@@ -152,6 +153,17 @@ def asymmetric_loss(logits: Tensor,
         pos_weight: Further factor >= 0 of positives, likewise. None for 1.
         detach_focusing: Hold the focusing weights constant in the gradient, as the official training script does,
             instead of Eq. 8. The value is the same.
+        soft_label: What a soft label t in [0, 1] of a labelled entry means. Labelled are the entries that labels name,
+            whatever their quality, and those above 0 of a dense target. With p = sigmoid(logits) and the binary
+            cross-entropy BCE(p, t) = -t log p - (1 - t) log(1 - p), the loss of a labelled entry is
+
+            - 'mixture': t positives and 1 - t negatives, each as in Eq. 7 (Eq. 2).
+            - 'qfl': ``|t - p|^g+ BCE(p, t)``, quality focal loss (arXiv 2006.04388, Eq. 2).
+            - 'vfl': ``t^g+ BCE(p, t)``, varifocal loss (arXiv 2008.13367, Eq. 2) for g+ = 1.
+            - 'mal': ``BCE(p, t^g+)``, matchability-aware loss (arXiv 2412.04234).
+
+            For the last three, g+ has this meaning alone, a labelled entry has the weight of a positive, and all other
+            entries are negatives of Eq. 7 with their g- and margin.
         ignore_index: Target value (or label) whose elements (or rows) have no loss and no gradient.
         weight: Factor of loss and gradient, of as many dimensions as ``logits`` and a shape that broadcasts to
             theirs: (N, 1) for one per row. For one per class use ``class_weight``.
@@ -176,6 +188,8 @@ def asymmetric_loss(logits: Tensor,
         raise TypeError(f'logits must be floating point, got {logits.dtype}')
     if reduction not in REDUCTIONS:
         raise ConfigError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
+    if soft_label not in torch_impl.SOFT_LABELS:
+        raise ConfigError(f'soft_label={soft_label!r} must be one of {torch_impl.SOFT_LABELS}')
     target, quality = target if isinstance(target, (tuple, list)) else (target, None)
     for x in (gamma_pos, gamma_neg, clip, alpha, class_weight, pos_weight, weight, scale):
         if isinstance(x, Tensor) and x.requires_grad:
@@ -194,7 +208,8 @@ def asymmetric_loss(logits: Tensor,
         as_parameter(clip, logits, 'clip'), as_optional(alpha, logits, 'alpha'),
         as_optional(class_weight, logits, 'class_weight'), as_optional(pos_weight, logits, 'pos_weight'),
         None if not isinstance(scale, Tensor) and scale == 1 else as_parameter(scale, logits, 'scale'),
-        detach_focusing, ignore_index, reduction, 'eager' if torch_impl.transformed() else pick_implementation(logits),
+        detach_focusing, ignore_index, reduction, soft_label,
+        'eager' if torch_impl.transformed() else pick_implementation(logits),
         torch.is_grad_enabled() and logits.requires_grad, return_sums)
     return (loss, sums) if return_sums else loss
 
@@ -244,10 +259,11 @@ def _keeps_gradient(logits: Tensor, reduction: str) -> bool:
 def _forward(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor | None, gamma_pos: Tensor,
              gamma_neg: Tensor, clip: Tensor, alpha: Tensor | None, class_weight: Tensor | None,
              pos_weight: Tensor | None, scale: Tensor | None, detach_focusing: bool, ignore_index: int | None,
-             reduction: str, implementation: str, need_grad: bool, need_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
+             reduction: str, soft_label: str, implementation: str, need_grad: bool,
+             need_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, its gradient if it is to be kept, and the probability sums; empty tensors for what is not needed."""
     problem = Problem(logits, target, quality, weight, gamma_pos, gamma_neg, clip, alpha, class_weight, pos_weight,
-                      scale, detach_focusing, ignore_index, reduction)
+                      scale, detach_focusing, ignore_index, reduction, soft_label)
     results = _run(implementation, problem, True, need_grad and _keeps_gradient(logits, reduction), need_sums)
     loss, grad, sums = (logits.new_empty(0) if x is None else x for x in results)
     return loss, grad, sums
@@ -257,28 +273,28 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     _, grad, sums = output
     ctx.mark_non_differentiable(grad, sums)
     ctx.set_materialize_grads(False)
-    tensors, ctx.settings, ctx.implementation = inputs[:11], inputs[11:14], inputs[14]
+    tensors, ctx.settings, ctx.implementation = inputs[:11], inputs[11:15], inputs[15]
     ctx.kept = _keeps_gradient(inputs[0], inputs[13])
     ctx.save_for_backward(*([grad] if ctx.kept else tensors))
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None, ) * 17
+        return (None, ) * 18
     if ctx.kept:
-        return scale_gradient(ctx.saved_tensors[0], upstream), *(None, ) * 16
+        return scale_gradient(ctx.saved_tensors[0], upstream), *(None, ) * 17
     arguments = *ctx.saved_tensors, *ctx.settings, ctx.implementation
     traced = torch.compiler.is_compiling() or type(upstream) is not Tensor
-    return (torch.ops.mmasl.asymmetric_loss_backward if traced else _gradient)(upstream, *arguments), *(None, ) * 16
+    return (torch.ops.mmasl.asymmetric_loss_backward if traced else _gradient)(upstream, *arguments), *(None, ) * 17
 
 
 def _gradient(upstream: Tensor, logits: Tensor, target: Tensor, quality: Tensor | None, weight: Tensor | None,
               gamma_pos: Tensor, gamma_neg: Tensor, clip: Tensor, alpha: Tensor | None, class_weight: Tensor | None,
               pos_weight: Tensor | None, scale: Tensor | None, detach_focusing: bool, ignore_index: int | None,
-              reduction: str, implementation: str) -> Tensor:
+              reduction: str, soft_label: str, implementation: str) -> Tensor:
     """Gradient by the logits times ``upstream``, before it is rounded to the logits' dtype."""
     problem = Problem(logits, target, quality, weight, gamma_pos, gamma_neg, clip, alpha, class_weight, pos_weight,
-                      scale, detach_focusing, ignore_index, reduction)
+                      scale, detach_focusing, ignore_index, reduction, soft_label)
     grad = _run(implementation, problem, False, True, False, upstream)[1]
     assert grad is not None
     return grad
@@ -295,7 +311,7 @@ def _like(logits: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:
 
 @_asymmetric_loss.operator.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    gamma_neg, reduction, implementation, need_grad, need_sums = arguments[4], *arguments[-4:]
+    gamma_neg, reduction, _, implementation, need_grad, need_sums = arguments[4], *arguments[-5:]
     return (_like(logits, gamma_neg.dtype, implementation) if reduction == 'none' else gamma_neg.new_empty(()),
             _like(logits, logits.dtype, implementation) if need_grad and _keeps_gradient(logits, reduction) else
             logits.new_empty(0), gamma_neg.new_empty((4, logits.shape[-1]) if need_sums else 0))

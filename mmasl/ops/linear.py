@@ -83,8 +83,8 @@ def linear_asymmetric_loss(features: Tensor,
             for name, value in parameters.items()}
         try:
             return _forward(logits, target_of(classes), None, None, **tensors, detach_focusing=detach_focusing,
-                            ignore_index=ignore_index, reduction='sum', implementation=pick_implementation(logits),
-                            need_grad=need_grad, need_sums=return_sums)
+                            ignore_index=ignore_index, reduction='sum', soft_label='mixture',
+                            implementation=pick_implementation(logits), need_grad=need_grad, need_sums=return_sums)
         except DataError as error:
             raise DataError(f'{error} (column 0 here is class {classes.start})') from None
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmasl.errors import DataError
 
+SOFT_LABELS = ('mixture', 'qfl', 'vfl', 'mal')
 LARGE = 2**20  # elements; from here on a compilation of half a minute pays
 # Elements of a block at least, and less than twice as many; on the CPU its temporaries stay in the cache.
 BLOCK = {'cpu': 2**16}
@@ -41,7 +42,7 @@ class Problem(NamedTuple):
         gamma_pos, gamma_neg, clip: Parameters of shape () or (C,).
         alpha, class_weight, pos_weight: Parameters of shape () or (C,), or None.
         scale: Factor of the result, (); None for 1.
-        detach_focusing, ignore_index, reduction: See :func:`mmasl.ops.asymmetric_loss`.
+        detach_focusing, ignore_index, reduction, soft_label: See :func:`mmasl.ops.asymmetric_loss`.
     """
     logits: Tensor
     target: Tensor
@@ -57,6 +58,7 @@ class Problem(NamedTuple):
     detach_focusing: bool
     ignore_index: int | None
     reduction: str
+    soft_label: str = 'mixture'
 
 
 def negative_part(x: Tensor, gamma: Tensor, clip: Tensor | float,
@@ -83,6 +85,33 @@ def negative_part(x: Tensor, gamma: Tensor, clip: Tensor | float,
     return log_term.mul_(focus), grad, p, q
 
 
+def labelled_part(z: Tensor, quality: Tensor, gamma: Tensor, soft_label: str, detach: bool) -> tuple[Tensor, Tensor]:
+    """Loss of labelled entries with a quality t, and its derivative by the logit, for any finite ``z``.
+
+        'qfl': |t - p|^g+ BCE(p, t)    'vfl': t^g+ BCE(p, t)    'mal': BCE(p, t^g+)
+
+    BCE(p, t) = -t log p - (1 - t) log(1 - p) has the derivative p - t.
+    """
+    log_power, rest = torch.xlogy(gamma, quality), 1 - quality  # 0^0 = 1
+    if soft_label == 'mal':
+        quality, rest = log_power.exp(), log_power.expm1().neg()
+    p, q = z.sigmoid(), z.neg().sigmoid()
+    loss = z.abs().neg().exp().log1p() + quality * z.neg().clamp_min(0) + rest * z.clamp_min(0)
+    # The smaller of p and 1 - p has more digits.
+    grad = torch.where(z > 0, rest - q, p - quality)
+    if soft_label == 'vfl':
+        focus = log_power.exp()
+        return loss * focus, grad * focus
+    if soft_label == 'qfl':
+        focus = grad.abs().pow(gamma)
+        if not detach:
+            # p q / |t - p| first: the products of the other factors would underflow.
+            through = p * q / grad.masked_fill(grad == 0, 1) * gamma * loss
+            return loss * focus, (grad + through) * focus
+        return loss * focus, grad * focus
+    return loss, grad
+
+
 def formula(problem: Problem, need_loss: bool, need_grad: bool, need_sums: bool, upstream: Tensor | None = None,
             soft: bool | None = None, first_row: int = 0) -> Result:
     """Loss, gradient and probability sums of rows, each None where it is not needed.
@@ -96,17 +125,21 @@ def formula(problem: Problem, need_loss: bool, need_grad: bool, need_sums: bool,
         first_row: Number of the first row in error messages.
     """
     z = problem.logits.to(problem.gamma_neg.dtype)
-    y, ignored, soft = _read_target(problem, soft, first_row)
+    y, positive, ignored, soft = _read_target(problem, soft, first_row)
     not_y, weight = ONE[z.dtype] - y, problem.weight
     label_weights = weights_by_label(problem.alpha, problem.class_weight, problem.pos_weight)
-    if soft:
+    if soft or problem.soft_label != 'mixture':
         loss, grad, p, q = negative_part(z, problem.gamma_neg, problem.clip, problem.detach_focusing)
-        pos_loss, pos_grad, _, _ = negative_part(-z, problem.gamma_pos, 0., problem.detach_focusing)
-        pos_grad.neg_()
+        if problem.soft_label == 'mixture':
+            pos_loss, pos_grad, _, _ = negative_part(-z, problem.gamma_pos, 0., problem.detach_focusing)
+            pos_grad.neg_()
+        else:
+            pos_loss, pos_grad = labelled_part(z, y, problem.gamma_pos, problem.soft_label, problem.detach_focusing)
         if label_weights is not None:
             of_pos, of_neg = label_weights
             loss, grad, pos_loss, pos_grad = loss * of_neg, grad * of_neg, pos_loss * of_pos, pos_grad * of_pos
-        loss, grad, p_pos, p_neg = torch.lerp(loss, pos_loss, y), torch.lerp(grad, pos_grad, y), p, q
+        loss, grad = torch.lerp(loss, pos_loss, positive), torch.lerp(grad, pos_grad, positive)
+        p_pos, p_neg = p, q
     else:
         # One evaluation an element: a hard positive is a negative of -z without a margin.
         sign = not_y - y
@@ -144,25 +177,30 @@ def weights_by_label(alpha: Tensor | None, class_weight: Tensor | None,
     return positive if pos_weight is None else positive * pos_weight, negative
 
 
-def _read_target(problem: Problem, soft: bool | None, first_row: int) -> tuple[Tensor, Tensor | None, bool]:
-    """The target as (N, C) labels between 0 and 1, what is ignored, and whether labels may be soft."""
+def _read_target(problem: Problem, soft: bool | None,
+                 first_row: int) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """The target as (N, C) labels between 0 and 1.
+
+    Also the share of the positive part in each entry, what is ignored, and whether labels may be soft.
+    """
     y, dtype, classes = problem.target, problem.gamma_neg.dtype, problem.logits.shape[-1]
     ignored = None if problem.ignore_index is None else y == problem.ignore_index
-    look = soft is None
+    look, mixture = soft is None, problem.soft_label == 'mixture'
     if y.dim() == 2:
         y = (y if ignored is None else y.masked_fill(ignored, 0)).to(dtype)
         if look:
             soft = problem.target.dtype != torch.bool and not torch.equal(y * y, y)
             if soft:
                 check_range(problem.target, ignored, 1, 'target', 'a hard or soft label between 0 and 1', first_row)
-            return y, ignored, bool(soft)
-        known = (y >= 0) & (y <= 1) if soft else (y == 0) | (y == 1)
-        return torch.where(known, y, torch.nan), ignored, bool(soft)
+        else:
+            known = (y >= 0) & (y <= 1) if soft else (y == 0) | (y == 1)
+            y = torch.where(known, y, torch.nan)
+        return y, y if mixture else (y != 0).to(dtype), ignored, bool(soft)
     if look:
         check_range(y, ignored, classes, 'label', f'0 to {classes - 1} for a class, {classes} for background',
                     first_row)
     known = (y >= 0) & (y <= classes)
-    y = (y.unsqueeze(-1) == torch.arange(classes, device=y.device)).to(dtype)
+    y = labelled = (y.unsqueeze(-1) == torch.arange(classes, device=y.device)).to(dtype)
     if (quality := problem.quality) is not None:
         if ignored is not None:
             quality = quality.masked_fill(ignored, 0)
@@ -171,9 +209,11 @@ def _read_target(problem: Problem, soft: bool | None, first_row: int) -> tuple[T
         known = known & (quality >= 0) & (quality <= 1)
         y = y * quality.unsqueeze(-1)
     if not look:
-        known = known if ignored is None else known | ignored
-        y = torch.where(known.unsqueeze(-1), y, torch.nan)
-    return y, None if ignored is None else ignored.unsqueeze(-1), problem.quality is not None
+        known = (known if ignored is None else known | ignored).unsqueeze(-1)
+        y = torch.where(known, y, torch.nan)
+        labelled = labelled if mixture else torch.where(known, labelled, torch.nan)
+    return (y, y if mixture else labelled, None if ignored is None else ignored.unsqueeze(-1),
+            problem.quality is not None)
 
 
 def check_range(x: Tensor, ignored: Tensor | None, high: int, name: str, allowed: str, first_row: int) -> None:

@@ -153,7 +153,7 @@ def run(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_s
         tile: Elements (a power of two) and warps of a program; None for those of mmasl/ops/triton_tiles.py.
     """
     (logits, target, quality, weight, gamma_pos, gamma_neg, clip, alpha, class_weight, pos_weight, scale,
-     detach_focusing, ignore_index, reduction) = problem
+     detach_focusing, ignore_index, reduction, soft_label) = problem
     size = logits.numel()
     classes, empty = logits.shape[-1] if logits.dim() else 1, size == 0
     has_labels = quality is not None or target.shape != logits.shape
@@ -201,8 +201,8 @@ def run(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_s
                 PER_CLASS_POS=gamma_pos.dim() == 1, PER_CLASS_NEG=gamma_neg.dim() == 1, PER_CLASS_CLIP=clip.dim() == 1,
                 **{f'PER_CLASS_{name}': x is not None and x.dim() == 1 for name, x in (
                     ('ALPHA', alpha), ('WEIGHT', class_weight), ('POS_WEIGHT', pos_weight))},
-                DETACH=detach_focusing, LOSS=MODES[reduction] if need_loss else 0, BLOCK_R=block_r, BLOCK_C=block_c,
-                num_warps=warps)
+                DETACH=detach_focusing, SOFT_LABEL=soft_label, LOSS=MODES[reduction] if need_loss else 0,
+                BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps)
     if need_loss and reduction != 'none':
         loss = loss.sum(0)
     return loss, grad, sums.sum(0) if need_sums else None
@@ -231,7 +231,7 @@ def _kernel(z_ptr, target_ptr, quality_ptr, weight_ptr, gamma_pos_ptr, gamma_neg
             HAS_LABELS: tl.constexpr, MAY_BE_SOFT: tl.constexpr, PER_CLASS_POS: tl.constexpr,
             PER_CLASS_NEG: tl.constexpr, PER_CLASS_CLIP: tl.constexpr, PER_CLASS_ALPHA: tl.constexpr,
             PER_CLASS_WEIGHT: tl.constexpr, PER_CLASS_POS_WEIGHT: tl.constexpr, DETACH: tl.constexpr,
-            LOSS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+            SOFT_LABEL: tl.constexpr, LOSS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     tile = tl.program_id(0)
     tile_c = tile % tiles_c
     tile_r = tile // tiles_c
@@ -291,19 +291,30 @@ def _kernel(z_ptr, target_ptr, quality_ptr, weight_ptr, gamma_pos_ptr, gamma_neg
         of_pos *= _parameter(pos_weight_ptr, first_class, c, class_mask, PER_CLASS_POS_WEIGHT)
     factor_neg = tl.where(bad, float('nan'), of_neg)
 
-    # A hard positive is a negative of -z without a margin, so that one evaluation does for each element.
-    hard = y == 1
-    loss, slope, p, q = _negative_part(tl.where(hard, -z, z), tl.where(hard, gamma_pos, gamma_neg),
-                                       tl.where(hard, 0., clip), DETACH)
-    p, q = tl.where(hard, q, p), tl.where(hard, p, q)
-    loss *= tl.where(hard, of_pos, factor_neg)
-    slope *= tl.where(hard, -of_pos * scale, factor_neg * scale)
-    if MAY_BE_SOFT:
-        soft = (y > 0) & (y < 1)
-        if tl.max(tl.max(soft.to(tl.int32), 1), 0) > 0:
-            pos_loss, pos_slope, _, _ = _negative_part(-z, gamma_pos + tl.zeros_like(z), tl.zeros_like(z), DETACH)
-            loss = tl.where(soft, (1 - y) * loss + y * (of_pos * pos_loss), loss)
-            slope = tl.where(soft, (1 - y) * slope - y * (of_pos * scale * pos_slope), slope)
+    if SOFT_LABEL == 'mixture':
+        # A hard positive is a negative of -z without a margin, so that one evaluation does for each element.
+        hard = y == 1
+        loss, slope, p, q = _negative_part(tl.where(hard, -z, z), tl.where(hard, gamma_pos, gamma_neg),
+                                           tl.where(hard, 0., clip), DETACH)
+        p, q = tl.where(hard, q, p), tl.where(hard, p, q)
+        loss *= tl.where(hard, of_pos, factor_neg)
+        slope *= tl.where(hard, -of_pos * scale, factor_neg * scale)
+        if MAY_BE_SOFT:
+            soft = (y > 0) & (y < 1)
+            if tl.max(tl.max(soft.to(tl.int32), 1), 0) > 0:
+                pos_loss, pos_slope, _, _ = _negative_part(-z, gamma_pos + tl.zeros_like(z), tl.zeros_like(z), DETACH)
+                loss = tl.where(soft, (1 - y) * loss + y * (of_pos * pos_loss), loss)
+                slope = tl.where(soft, (1 - y) * slope - y * (of_pos * scale * pos_slope), slope)
+    else:
+        loss, slope, p, q = _negative_part(z, gamma_neg + tl.zeros_like(z), clip + tl.zeros_like(z), DETACH)
+        loss *= factor_neg
+        slope *= factor_neg * scale
+        labelled = column[:, None] == c[None, :] if HAS_LABELS else y > 0
+        if tl.max(tl.max(labelled.to(tl.int32), 1), 0) > 0:
+            pos_loss, pos_slope = _labelled_part(z, y, gamma_pos, SOFT_LABEL, DETACH)
+            factor_pos = tl.where(bad, float('nan'), of_pos)
+            loss = tl.where(labelled, factor_pos * pos_loss, loss)
+            slope = tl.where(labelled, factor_pos * scale * pos_slope, slope)
     counted = used
     if weight_ptr is not None:
         weight = _load(weight_ptr, image, first_row, first_class, r, c, weight_outer, weight_row, weight_class,
@@ -378,6 +389,34 @@ def _negative_part(z, gamma, clip, DETACH: tl.constexpr):
     # At p = m the side p > m counts: gamma = 0 without a margin is cross-entropy everywhere.
     # The power first: it is large where the other factors' product would underflow.
     return p_m * power * log_term, tl.where(p < clip, 0., slope * power * p), p, q
+
+
+@triton.jit
+def _labelled_part(z, t, gamma, SOFT_LABEL: tl.constexpr, DETACH: tl.constexpr):
+    """See mmasl.ops.torch_impl.labelled_part."""
+    zero = tl.zeros_like(z)
+    log_term, _, small, large = _negative_part(-tl.abs(z), zero, zero, True)
+    p, q = tl.where(z > 0, large, small), tl.where(z > 0, small, large)
+    log_power = gamma * tl.log(tl.maximum(t, 1.2e-38))
+    at_zero = tl.where(gamma == 0, 1., zero)  # 0^gamma
+    power = tl.where(t > 0, tl.exp(log_power), at_zero)
+    rest = 1 - t
+    if SOFT_LABEL == 'mal':
+        # 1 - t^gamma, relative to log_power near 0.
+        series = 1 + log_power * (1 / 2 + log_power * (1 / 6 + log_power * (1 / 24 + log_power * (1 / 120))))
+        rest = tl.where(log_power > -0.0625, -log_power * series, 1 - power)
+        t, rest = power, tl.where(t > 0, rest, 1 - at_zero)
+    loss = log_term + t * tl.maximum(-z, 0.) + rest * tl.maximum(z, 0.)
+    slope = tl.where(z > 0, rest - q, p - t)
+    if SOFT_LABEL == 'vfl':
+        loss, slope = loss * power, slope * power
+    if SOFT_LABEL == 'qfl':
+        size = tl.abs(slope)
+        focus = tl.where(size > 0, tl.exp2(gamma * _log2(tl.maximum(size, 1.2e-38))), at_zero)
+        if not DETACH:
+            slope += p * q / tl.where(slope == 0, 1., slope) * gamma * loss
+        loss, slope = loss * focus, slope * focus
+    return loss, slope
 
 
 # The hardware's approximations, 2 ulp and without subnormal numbers: 2e-5 relative in all, see

@@ -114,7 +114,7 @@ def test_any_tile_computes_the_same(tile, monkeypatch):
     logits, target = torch.randn(70, 33), torch.randint(2, (70, 33))
     parameters = dict(gamma_pos=torch.tensor(1.), gamma_neg=torch.tensor(4.), clip=torch.tensor(0.05))
     problem = Problem(**dict.fromkeys(Problem._fields) | parameters | dict(
-        logits=logits, target=target, detach_focusing=False, reduction='sum'))
+        logits=logits, target=target, detach_focusing=False, reduction='sum', soft_label='mixture'))
     expected = triton_impl.run(problem, need_sums=True)
     torch.testing.assert_close(triton_impl.run(problem, need_sums=True, tile=tile), expected)
     monkeypatch.setitem(triton_impl.TILES, ('', 'small'), tile)

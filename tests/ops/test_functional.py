@@ -568,7 +568,7 @@ def test_operator_is_registered_well(implementation):
                 torch.Tensor, lambda x: x.to(DEVICE), (logits, target, quality, one, one / 20))
             torch.library.opcheck(torch.ops.mmasl.asymmetric_loss, (
                 logits.requires_grad_(), target, quality, None, one, one, clip, one / 4, one.expand(5).clone(), None,
-                None, False, None, reduction, implementation, True, True), test_utils=(
+                None, False, None, reduction, 'mixture', implementation, True, True), test_utils=(
                     'test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic'))
 
 

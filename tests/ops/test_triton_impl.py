@@ -29,12 +29,13 @@ def build(kernel, backend, arch, types, constants):
 
 
 assert not triton_impl.INTERPRETED
-for arch, dtype, target, loss in ((80, 'fp32', 'i64', 2), (90, 'bf16', 'fp32', 1), (90, 'fp16', 'u8', 2),
-                                  ('gfx942', 'fp32', 'fp32', 2)):
+for arch, dtype, target, loss, soft_label in (
+        (80, 'fp32', 'i64', 2, 'mal'), (90, 'bf16', 'fp32', 1, 'mixture'), (90, 'fp16', 'u8', 2, 'mixture'),
+        (90, 'fp32', 'fp32', 1, 'qfl'), ('gfx942', 'fp32', 'fp32', 2, 'vfl')):
     constants = dict.fromkeys(['MAY_BE_SOFT', 'PER_CLASS_POS', 'PER_CLASS_CLIP', 'DETACH', 'PER_CLASS_ALPHA',
                                'PER_CLASS_WEIGHT', 'PER_CLASS_POS_WEIGHT'], loss == 1) | dict(
-        HAS_LABELS=target == 'i64', PER_CLASS_NEG=False, LOSS=loss, BLOCK_R=16, BLOCK_C=16, stride_class=1,
-        ignore_index=None if loss == 1 else 255, quality_ptr=None,
+        HAS_LABELS=target == 'i64', PER_CLASS_NEG=False, SOFT_LABEL=soft_label, LOSS=loss, BLOCK_R=16, BLOCK_C=16,
+        stride_class=1, ignore_index=None if loss == 1 else 255, quality_ptr=None,
         **dict.fromkeys(['alpha_ptr', 'class_weight_ptr', 'pos_weight_ptr'] if arch == 80 else []))
     build(triton_impl._kernel, 'cuda' if isinstance(arch, int) else 'hip', arch,
           dict(z_ptr='*' + dtype, grad_ptr='*' + dtype, target_ptr='*' + target),
@@ -46,7 +47,7 @@ def test_compiles_for_gpus(tmp_path):
     env = dict(os.environ, TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
     done = subprocess.run([sys.executable, '-c', COMPILE], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == ['cuda True'] * 3 + ['hip True']
+    assert done.stdout.splitlines() == ['cuda True'] * 4 + ['hip True']
 
 
 IMPORT = """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmasl.errors import ConfigError, DataError
 from mmasl.models.losses.probability_sums import ProbabilitySums
 from mmasl.ops.functional import asymmetric_loss
-from mmasl.ops.torch_impl import transformed
+from mmasl.ops.torch_impl import SOFT_LABELS, transformed
 
 REDUCTIONS = ('none', 'mean', 'sum')
 NOTICED = 10  # training calls whose logits are compared with [0, 1]
@@ -106,6 +106,18 @@ class AsymmetricLoss(SettingsModule):
     ``probability_sums`` is a :class:`mmasl.models.losses.ProbabilitySums`. While its ``enabled`` is True, the loss adds
     what the probability gap (Eq. 9-10) needs in each training call. :class:`mmasl.ProbabilityGapHook` reads it.
 
+    ``soft_label`` chooses the loss of labelled entries whose label is a quality, such as the IoU of a box. All other
+    entries are negatives of ASL. docs/loss.md has configs. The published losses are settings:
+
+    =========================================  ==========  =========  =========  ====  ==============================
+    loss                                       soft_label  gamma_pos  gamma_neg  clip  further
+    =========================================  ==========  =========  =========  ====  ==============================
+    MMDetection's QualityFocalLoss             'qfl'       2          2          0
+    MMDetection's VarifocalLoss                'vfl'       1          2          0     class_weight 3/4, pos_weight 4/3
+    the same with iou_weighted=False           'vfl'       0          2          0     class_weight 3/4, pos_weight 4/3
+    matchability-aware loss                    'mal'       1.5        1.5        0     detach_focusing
+    =========================================  ==========  =========  =========  ====  ==============================
+
     By default ``ignore_index`` marks labels to leave out. With ``weight_unannotated`` above 0 it marks labels that
     nobody annotated: each counts as ``weight_unannotated`` negatives in the loss, its gradient, the divisor of 'mean'
     and the probability gap. ``gamma_unannotated`` is their own focusing parameter; margin and alpha are those of
@@ -129,6 +141,8 @@ class AsymmetricLoss(SettingsModule):
         pos_weight: Further factor >= 0 of the positives of a class, likewise. None for 1.
         detach_focusing: False for the gradient of Eq. 8. True holds the focusing weight constant, as the official
             training script does. The loss value is the same.
+        soft_label: Meaning of a soft label of a labelled entry: 'mixture', the paper's, or 'qfl', 'vfl' or 'mal'; see
+            :func:`mmasl.asymmetric_loss`.
         use_sigmoid: Must stay True, since the loss is defined on independent sigmoids. Heads read it from the config.
         reduction: 'mean', 'sum' or 'none'. 'mean' divides the sum by ``avg_factor``, or by the number of elements that
             are not ignored. 'sum', the official implementation's, does not use ``avg_factor``.
@@ -158,6 +172,7 @@ class AsymmetricLoss(SettingsModule):
                  class_weight: float | Sequence[float] | None = None,
                  pos_weight: float | Sequence[float] | None = None,
                  detach_focusing: bool = False,
+                 soft_label: str = 'mixture',
                  use_sigmoid: bool = True,
                  reduction: str = 'mean',
                  loss_weight: float = 1.,
@@ -170,6 +185,8 @@ class AsymmetricLoss(SettingsModule):
             raise ConfigError(f'use_sigmoid={use_sigmoid}: AsymmetricLoss is defined on sigmoids, set use_sigmoid=True')
         if reduction not in REDUCTIONS:
             raise ConfigError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
+        if soft_label not in SOFT_LABELS:
+            raise ConfigError(f'soft_label={soft_label!r} must be one of {SOFT_LABELS}')
         check_number('loss_weight', loss_weight)
         check_number('weight_unannotated', weight_unannotated, 0)
         if weight_unannotated and ignore_index is None:
@@ -184,6 +201,7 @@ class AsymmetricLoss(SettingsModule):
                 ('pos_weight', pos_weight, math.inf, False), ('gamma_unannotated', gamma_unannotated, math.inf, False)):
             self.register_setting(name, value, high, closed)
         self.detach_focusing = detach_focusing
+        self.soft_label = soft_label
         self.use_sigmoid = use_sigmoid
         self.reduction = reduction
         self.loss_weight = loss_weight
@@ -246,8 +264,8 @@ class AsymmetricLoss(SettingsModule):
         for part, gamma_neg, ignore_index, share in parts:
             loss = asymmetric_loss(pred, part, gamma_pos=self.gamma_pos, gamma_neg=gamma_neg, clip=self.clip,
                                    alpha=self.alpha, class_weight=self.class_weight, pos_weight=self.pos_weight,
-                                   detach_focusing=self.detach_focusing, ignore_index=ignore_index, weight=weight,
-                                   scale=share * scale,
+                                   detach_focusing=self.detach_focusing, soft_label=self.soft_label,
+                                   ignore_index=ignore_index, weight=weight, scale=share * scale,
                                    reduction='none' if reduction == 'none' else 'sum', return_sums=track)
             if isinstance(loss, tuple):
                 loss, sums = loss
@@ -293,7 +311,7 @@ class AsymmetricLoss(SettingsModule):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (
-            f', detach_focusing={self.detach_focusing}, reduction={self.reduction}, '
+            f', detach_focusing={self.detach_focusing}, soft_label={self.soft_label}, reduction={self.reduction}, '
             f'loss_weight={self.loss_weight}, ignore_index={self.ignore_index}, '
             f'weight_unannotated={self.weight_unannotated}')
 

@@ -22,7 +22,8 @@ def calibration_settings(loss: nn.Module) -> dict[str, Any]:
         The keyword arguments ``gamma_pos``, ``gamma_neg``, ``clip``, ``alpha``, ``pos_weight`` and ``detach_focusing``.
 
     Raises:
-        ConfigError: The loss is not an :class:`mmasl.AsymmetricLoss`, or unannotated labels have a gamma of their own.
+        ConfigError: The loss is not an :class:`mmasl.AsymmetricLoss`, unannotated labels have a gamma of their own, or
+            soft labels are qualities.
     """
     if not isinstance(loss, AsymmetricLoss):
         raise ConfigError(f'{type(loss).__module__}.{type(loss).__name__} has no posterior in closed form. Train with '
@@ -31,5 +32,9 @@ def calibration_settings(loss: nn.Module) -> dict[str, Any]:
         raise ConfigError(f'gamma_unannotated={loss.gamma_unannotated.tolist()} has no posterior in closed form, since '
                           'the number of annotated labels of an image is unknown. Set gamma_unannotated=None, or use '
                           'the stock head.')
+    if loss.soft_label != 'mixture':
+        raise ConfigError(f'soft_label={loss.soft_label!r} has no posterior in closed form, since scores are trained '
+                          "towards qualities and not towards shares of positives. Set soft_label='mixture', or use the "
+                          'stock head.')
     return {name: getattr(loss, name) for name in ('gamma_pos', 'gamma_neg', 'clip', 'alpha', 'pos_weight',
                                                    'detach_focusing')}

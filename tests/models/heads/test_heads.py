@@ -229,7 +229,8 @@ def test_chunked_head_follows_the_loss_as_it_changes():
      'chunk_size=4 excludes weight_unannotated=0.1'),
     (None, ASL | dict(ignore_index=-1, weight_unannotated=1, gamma_unannotated=7),
      'gamma_unannotated=7.0 has no posterior in closed form'),
-], ids=['size', 'none', 'activated', 'cross-entropy', 'unannotated', 'own gamma'])
+    (None, ASL | dict(soft_label='qfl'), "soft_label='qfl' has no posterior in closed form, since scores are trained"),
+], ids=['size', 'none', 'activated', 'cross-entropy', 'unannotated', 'own gamma', 'quality'])
 def test_what_cannot_be_chunked_is_refused(chunk_size, loss, message):
     with pytest.raises(ConfigError, match=message):
         build('MultiLabelLinearClsHead', loss=loss, chunk_size=chunk_size)

@@ -17,12 +17,13 @@ from mmengine.registry import MODELS, DefaultScope
 
 from mmasl import AsymmetricLoss
 
-CROSS_ENTROPY = dict(gamma_pos=0., gamma_neg=0., clip=0.)
-# Settings with which each stock loss is binary cross-entropy, which AsymmetricLoss can equal.
-AS_CROSS_ENTROPY = dict(
-    CrossEntropyLoss=dict(),
-    QualityFocalLoss=dict(beta=0.),
-    VarifocalLoss=dict(alpha=1., gamma=0., iou_weighted=False))
+# By stock loss, what makes AsymmetricLoss equal to it.
+EQUAL = dict(
+    CrossEntropyLoss=lambda stock: dict(gamma_pos=0., gamma_neg=0., clip=0.),
+    FocalLoss=lambda stock: dict(gamma_pos=stock.gamma, gamma_neg=stock.gamma, clip=0., alpha=stock.alpha),
+    QualityFocalLoss=lambda stock: dict(gamma_pos=stock.beta, gamma_neg=stock.beta, clip=0., soft_label='qfl'),
+    VarifocalLoss=lambda stock: dict(gamma_pos=1., gamma_neg=stock.gamma, clip=0., soft_label='vfl',
+                                     class_weight=stock.alpha, pos_weight=1 / stock.alpha))
 
 SMALL_GRIDS = {'model.mask_head.num_grids': [8, 6, 4, 3, 2]}
 # DDOD's deformable convolutions refuse feature maps smaller than their kernel.
@@ -181,7 +182,7 @@ def has_positive(pred, target):
 @pytest.mark.parametrize('head', [
     pytest.param(head, marks=[] if head in FAST else [pytest.mark.slow]) for head in HEADS])
 def test_swapped_loss(head):
-    """Where the stock loss is a setting of the asymmetric loss, every loss of the model and every gradient that the
+    """The stock loss is a setting of the asymmetric loss: every loss of the model and every gradient that the
     classification layers receive are the same, with and without objects. The same model then trains with focusing, and
     predicts as the stock model does.
 
@@ -192,12 +193,7 @@ def test_swapped_loss(head):
         stock_cfg.model.test_cfg.score_thr = 0.
     cfg = deepcopy(stock_cfg)
     for path, stock in stock_losses(stock_cfg).items():
-        params = CROSS_ENTROPY
-        if stock.type == 'FocalLoss':
-            params = dict(gamma_pos=stock.gamma, gamma_neg=stock.gamma, clip=0., alpha=stock.alpha)
-        else:
-            stock.update(AS_CROSS_ENTROPY[stock.type])
-        cfg.merge_from_dict({path: replaced(stock, params)})
+        cfg.merge_from_dict({path: replaced(stock, EQUAL[stock.type](stock))})
     stock_model = build(stock_cfg)
     model = build(cfg, stock_model.state_dict())
     losses = replaced_modules(cfg, model)

@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from mmdet.models.losses import QualityFocalLoss, VarifocalLoss
 from mmdet.models.losses.focal_loss import FocalLoss, py_sigmoid_focal_loss
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
@@ -67,6 +68,64 @@ def test_focal_is_mmdet(logits, labels, weight, avg_factor):
     expected = with_grad(FocalLoss(use_sigmoid=True, gamma=2., alpha=0.25, loss_weight=0.5), logits, labels, weight,
                          avg_factor=avg_factor)
     assert_close((value, grad), (expected[0].reshape(()), expected[1]))
+
+
+QUALITY = torch.tensor([0.3, 1, 0.9, 0, 0.02, 0.5, 0.6, 0.7, 0.1, 1, 0, 0.4])  # two labelled entries of quality 0
+
+
+@pytest.mark.parametrize('weight', [None, torch.linspace(0, 2, 12)], ids=['plain', 'weight'])
+@pytest.mark.parametrize('beta', [2., 1., 0.5])
+def test_quality_focal_is_mmdet(logits, labels, weight, beta):
+    theirs = QualityFocalLoss(beta=beta, loss_weight=0.5)
+    ours = AsymmetricLoss(beta, beta, clip=0, soft_label='qfl', loss_weight=0.5)
+    target = labels, QUALITY
+    expected = with_grad(theirs, logits.double(), (labels, QUALITY.double()), weight, avg_factor=7)
+    assert_close(with_grad(ours, logits, target, weight, avg_factor=7), expected, check_dtype=False)
+    dense = F.one_hot(labels, 6)[:, :5] * QUALITY[:, None]
+    assert_close(with_grad(ours, logits, dense, weight, avg_factor=7), with_grad(
+        theirs, logits.double(), dense.double(), weight, avg_factor=7), check_dtype=False)
+    # Probabilities, as from TOOD; bfloat16 logits with qualities in float32, as under autocast.
+    ours.activated = theirs.activated = True
+    p = logits.sigmoid()
+    assert_close(with_grad(ours, p, target, weight, avg_factor=7), with_grad(
+        theirs, p.double(), (labels, QUALITY.double()), weight, avg_factor=7), rtol=1e-4, atol=1e-5, check_dtype=False)
+    ours.activated = theirs.activated = False
+    half = logits.bfloat16()
+    value, grad = with_grad(ours, half, target, weight, avg_factor=7)
+    expected = with_grad(theirs, half.double(), (labels, QUALITY.double()), weight, avg_factor=7)
+    assert_close((value, grad), expected, rtol=2**-8, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize('iou_weighted', [True, False])
+def test_varifocal_is_mmdet(logits, labels, iou_weighted):
+    dense = F.one_hot(labels, 6)[:, :5] * QUALITY[:, None]
+    ours = AsymmetricLoss(float(iou_weighted), 2, clip=0, class_weight=3 / 4, pos_weight=4 / 3, soft_label='vfl')
+    expected = with_grad(VarifocalLoss(iou_weighted=iou_weighted), logits.double(), dense.double(), avg_factor=7)
+    assert_close(with_grad(ours, logits, dense, avg_factor=7), expected, check_dtype=False)
+
+
+def test_matchability_aware_is_its_definition(logits, labels):
+    """arXiv 2412.04234: -q^g log p - (1 - q^g) log(1 - p) of matched entries, also of those with q = 0, and
+    -p^g log(1 - p) of others. As in the authors' code, the weight p^g has no gradient, and g = 1.5 by default."""
+    def definition(z):
+        p, one_hot = z.sigmoid(), F.one_hot(labels, 6)[:, :5] > 0
+        t = QUALITY.double()[:, None]**1.5
+        return torch.where(one_hot, -t * p.log() - (1 - t) * (1 - p).log(), -p.detach()**1.5 * (1 - p).log()).sum() / 7
+
+    ours = AsymmetricLoss(1.5, 1.5, clip=0, soft_label='mal', detach_focusing=True)
+    assert_close(with_grad(ours, logits, (labels, QUALITY), avg_factor=7), with_grad(definition, logits.double()),
+                 check_dtype=False)
+
+
+@pytest.mark.parametrize('kind', ['qfl', 'vfl', 'mal'])
+def test_asymmetry_acts_on_the_negatives_alone(logits, labels, kind):
+    """gamma_neg and clip leave labelled entries as they are, and weight_unannotated adds negatives."""
+    one_hot = F.one_hot(labels, 6)[:, :5] > 0
+    plain, asymmetric = (AsymmetricLoss(1.5, *x, soft_label=kind, reduction='none') for x in ((0, 0), (4, 0.05)))
+    base, found = (loss(logits, (labels, QUALITY)) for loss in (plain, asymmetric))
+    assert_close(found, torch.where(one_hot, base, asymmetric_loss(logits, torch.zeros(12, 5))))
+    unknown = AsymmetricLoss(1.5, soft_label=kind, reduction='none', ignore_index=5, weight_unannotated=1)
+    assert_close(unknown(logits, (labels, QUALITY)), found)
 
 
 def test_reduction_override_and_shapes(logits, target):
@@ -391,6 +450,7 @@ def test_reset_parameters_undoes_a_controller():
     (dict(class_weight=[1, -1]), r'class_weight=\[1, -1\] must be a number in \[0, inf\)'),
     (dict(pos_weight=float('inf')), 'pos_weight=inf must be'),
     (dict(use_sigmoid=False), 'set use_sigmoid=True'),
+    (dict(soft_label='iou'), r"soft_label='iou' must be one of \('mixture', 'qfl', 'vfl', 'mal'\)"),
     (dict(reduction='batchmean'), "reduction='batchmean' must be one of"),
     (dict(loss_weight=float('inf')), 'loss_weight=inf'),
     (dict(loss_weight=[1., 2.]), r'loss_weight=\[1.0, 2.0\] must be a number'),
