@@ -67,7 +67,7 @@ class LossSite:
         negatives: Number of negative entries.
         own: Gradient of the module itself; None if it does not return one value per entry.
         settings: Gradient of :class:`mmasl.AsymmetricLoss` by setting. Its weights of labels, detach_focusing,
-            loss_weight and treatment of unannotated labels are those of the module.
+            soft_label, loss_weight and treatment of unannotated labels are those of the module.
         divisor: Largest ``avg_factor`` of the calls; None without one.
         form: 'dense', 'labels' or 'pair', see :func:`mmasl.ops.asymmetric_loss`; None before the first call.
         channels: Size of the last axis of the logits.
@@ -152,13 +152,34 @@ class LossSite:
     def _gradient(self, z: Tensor, y: Tensor, weight: Tensor | None, setting: Setting) -> Tensor:
         kept: Any = {key: getattr(self.module, key) for key in (
             'detach_focusing', 'loss_weight', 'weight_unannotated', 'gamma_unannotated') if hasattr(self.module, key)}
+        kept |= {key: value for key, value in quality_settings(self.module).items() if key != 'gamma_pos'}
         weights = {key: getattr(self.module, key) for key in ('alpha', 'class_weight', 'pos_weight')} if isinstance(
             self.module, AsymmetricLoss) else dict(alpha=self.alpha)
+        kept = weights | kept
         loss = AsymmetricLoss(gamma_pos=setting.gamma_pos, gamma_neg=setting.gamma_neg, clip=setting.clip,
-                              reduction='sum', ignore_index=-1, **weights, **kept)
+                              reduction='sum', ignore_index=-1, **kept)
         with torch.enable_grad():
             z = z.clone().requires_grad_()
             return torch.autograd.grad(loss.to(z.device)(z, y, weight), z)[0]
+
+
+def quality_settings(loss: Any) -> dict[str, Any]:
+    """Arguments of :class:`mmasl.AsymmetricLoss` with which labelled entries keep the loss of their quality.
+
+    Args:
+        loss: A classification loss.
+
+    Returns:
+        ``soft_label``, ``gamma_pos`` and the weights; nothing if soft labels are mixtures.
+    """
+    name = type(loss).__name__
+    if name == 'QualityFocalLoss':
+        return dict(soft_label='qfl', gamma_pos=float(loss.beta))
+    if name == 'VarifocalLoss' and loss.alpha:
+        return dict(soft_label='vfl', gamma_pos=float(loss.iou_weighted), class_weight=loss.alpha,
+                    pos_weight=1 / loss.alpha)
+    kind = getattr(loss, 'soft_label', 'mixture')
+    return {} if kind == 'mixture' else dict(soft_label=kind, gamma_pos=largest(loss.gamma_pos))
 
 
 def largest(value: float | Tensor | None) -> float:

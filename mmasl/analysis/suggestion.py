@@ -6,7 +6,7 @@ from mmengine.config import Config
 
 from mmasl.analysis.gradient import Setting
 from mmasl.analysis.label_statistics import LabelStatistics
-from mmasl.analysis.loss_sites import LossSite
+from mmasl.analysis.loss_sites import LossSite, quality_settings
 
 # The author's order for new data (issue 22 of the official repository).
 LADDER = {
@@ -50,7 +50,11 @@ def suggest(stats: LabelStatistics, site: LossSite | None) -> Suggestion:
         if alpha is not None:
             reasons.append(f'alpha = {alpha:g} as in the focal loss: reproduce the focal loss first, then change only '
                            "the gammas (the author's advice)")
-        return Suggestion(Setting(1, 2, 0, alpha), tuple(reasons))
+        quality = quality_settings(site.module) if site else {}
+        if quality:
+            reasons.append(f"gamma_pos = {quality['gamma_pos']:g} and soft_label = '{quality['soft_label']}': labelled "
+                           'entries keep the loss of their quality. Reproduce it first, then raise gamma_neg')
+        return Suggestion(Setting(quality.get('gamma_pos', 1), 2, 0, alpha), tuple(reasons))
 
     weight = site.weight_unannotated if site else 0.
     ratio = stats.negatives_per_positive(weight)
@@ -76,8 +80,8 @@ def write_config(cfg: Config, base: str, site: LossSite, suggestion: Suggestion,
                  weights: dict[str, list[float]] | None = None) -> str:
     """Write a config that inherits from ``base`` and has the suggested loss.
 
-    Other settings of the replaced loss are kept: its weights and reduction, probabilities as input, and the treatment
-    of labels without annotation.
+    Other settings of the replaced loss are kept: its weights and reduction, probabilities as input, the treatment of
+    labels without annotation, and the loss of labelled entries with a quality.
 
     Args:
         cfg: The config.
@@ -90,6 +94,7 @@ def write_config(cfg: Config, base: str, site: LossSite, suggestion: Suggestion,
     setting = suggestion.setting
     loss = dict(type='mmasl.AsymmetricLoss', use_sigmoid=True, gamma_pos=float(setting.gamma_pos),
                 gamma_neg=float(setting.gamma_neg), clip=float(setting.clip))
+    loss |= quality_settings(site.module)
     if setting.alpha is not None:
         loss['alpha'] = setting.alpha
     loss |= {key: old[key] for key in ('activated', 'loss_weight') if key in old}

@@ -56,6 +56,8 @@ LOSSES = dict(
     mmasl=('mmdet', dict(type='mmasl.AsymmetricLoss', gamma_pos=1, gamma_neg=4, clip=0.05), Setting(1, 4, 0.05)),
     official_form=('mmdet', dict(type='mmasl.AsymmetricLoss', gamma_pos=0, gamma_neg=4, detach_focusing=True,
                                  alpha=0.3, loss_weight=2.), Setting(0, 4, 0.05)),
+    quality=('mmdet', dict(type='mmasl.AsymmetricLoss', gamma_pos=1, gamma_neg=2, clip=0, soft_label='mal'),
+             Setting(1, 2, 0)),
     mmpretrain=('mmpretrain', dict(type='AsymmetricLoss', gamma_pos=1., gamma_neg=4., clip=0.05), Setting(1, 4, 0.05)),
     cross_entropy=('mmpretrain', dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=0.5), Setting(0, 0, 0)),
     focal=('mmpretrain', dict(type='FocalLoss', gamma=2., alpha=0.25), Setting(2, 2, 0)),
@@ -94,6 +96,8 @@ def test_pairs_and_probabilities():
         p = 1 / (1 + np.exp(-x))
         return (0.5 - p)**2 * -(0.5 * np.log(p) + 0.5 * np.log(1 - p))
 
+    site = watched(quality_focal, z, (labels, quality), torch.tensor([1., 1., 0.]), settings=[Setting(2, 2, 0)])
+    assert_same(site.own, site.settings[Setting(2, 2, 0)])
     assert site.own.positive == pytest.approx(abs(loss(-1 + 1e-5) - loss(-1 - 1e-5)) / 2e-5, rel=1e-4)
 
     site = watched(activated, z.sigmoid(), labels)

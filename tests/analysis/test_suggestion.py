@@ -56,6 +56,22 @@ def test_suggestion_for_a_detector(loss, target, alpha):
     assert suggestion.setting == Setting(1, 2, 0, alpha) and suggestion.rung in LADDER.values()
 
 
+@pytest.mark.parametrize('stock, gamma_pos, kept', (
+    (dict(type='QualityFocalLoss', beta=1.5), 1.5, dict(soft_label='qfl')),
+    (dict(type='VarifocalLoss', alpha=0.75), 1., dict(soft_label='vfl', class_weight=0.75, pos_weight=4 / 3)),
+    (dict(type='mmasl.AsymmetricLoss', gamma_pos=1.5, soft_label='mal'), 1.5, dict(soft_label='mal'))))
+def test_losses_of_a_quality_are_kept(stock, gamma_pos, kept):
+    """A mixture of positives and negatives would be another target."""
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        site = watched(MODELS.build(stock), torch.zeros(2, 3), torch.tensor([[0., 0.5, 0]] * 2), key='model.loss_cls')
+    suggestion = suggest(stats_of([4, 4, 2], kind='detection'), site)
+    assert suggestion.setting == Setting(gamma_pos, 2, 0)
+    text = write_config(Config(dict(model=dict(loss_cls=stock))), './base.py', site, suggestion)
+    loss = eval(text[text.index('model = ') + 8:])['loss_cls']
+    assert loss == dict(_delete_=True, type='mmasl.AsymmetricLoss', use_sigmoid=True, gamma_pos=gamma_pos,
+                        gamma_neg=2., clip=0., **kept)
+
+
 @pytest.mark.parametrize('base, kept, absent', (
     ("head=dict(loss=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=2.))", dict(loss_weight=2.), ()),
     ("head=dict(loss=dict(type='mmasl.AsymmetricLoss', gamma_neg=9., detach_focusing=True, reduction='sum'))",
