@@ -9,6 +9,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from mmdet.models.losses import QualityFocalLoss
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.hub import get_config
@@ -222,6 +223,32 @@ def test_swapped_loss(head):
     assert any(pred.grad.any() for pred, _ in calls)
     if head in PREDICTING:
         check_predictions(head, model.eval(), stock_model.eval())
+
+
+class DETRQualityLoss(AsymmetricLoss, QualityFocalLoss):
+    """As docs/loss.md has it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('head', ['dino', 'deformable-detr'])
+def test_quality_in_detr_heads(head):
+    """Heads of the DETR family give IoUs to an instance of QualityFocalLoss, and only labels to other losses."""
+    stock_cfg = load(head)
+    stock = dict(_delete_=True, type='QualityFocalLoss', use_sigmoid=True, beta=2.)
+    stock_cfg.merge_from_dict(dict.fromkeys(stock_losses(stock_cfg), stock))
+    cfg = deepcopy(stock_cfg)
+    for path, loss in stock_losses(stock_cfg).items():
+        cfg.merge_from_dict({path: replaced(loss, EQUAL['QualityFocalLoss'](loss)) | dict(type=DETRQualityLoss)})
+    stock_model = build(stock_cfg)
+    model = build(cfg, stock_model.state_dict())
+    losses = replaced_modules(cfg, model)
+    data = inputs(head, 3, 0)
+    expected, expected_calls = step(head, stock_model, losses, data, torch.float64)
+    actual, calls = step(head, model, losses, data)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0, check_dtype=False)
+    assert any(isinstance(target, tuple) and target[1].any() for _, target in calls)
+    for (pred, _), (expected_pred, _) in zip(calls, expected_calls, strict=True):
+        torch.testing.assert_close(pred.grad, expected_pred.grad, rtol=1e-5, atol=0)
 
 
 def check_sums(modules, positive, called):
