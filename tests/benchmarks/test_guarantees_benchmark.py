@@ -42,9 +42,10 @@ def test_the_page_shows_what_was_measured():
     assert guarantees.fill_page(text) == text
     rows = read_rows(guarantees.ROWS)
     assert len(rows) == len(guarantees.PROMISES) * 4 * len({row['data'] for row in rows})
-    for row in rows:  # the means over splits and classes, or images, keep what conformal risk control promises
+    # The means over splits keep what conformal risk control promises, up to the error of 1,000 splits.
+    for row in rows:
         if row['kind'] == 'recall' and 'promised' in row['method']:
-            assert float(row['lowest']) >= 100 * float(row['level']) - 0.05 * (row['method'] == 'promised by image')
+            assert float(row['lowest']) >= 100 * float(row['level']) - 0.05
 
 
 def test_predictions_from_frozen_features(monkeypatch):

@@ -79,3 +79,19 @@ def test_what_the_page_says_of_the_digits():
     assert round(found[odds]['CF1_calibrated'], 1) == 25.6
     assert all(abs(found[weights]['CF1_calibrated'] - found[weights]['CF1_tuned']) < 0.5
                for weights in ('none', inverse, effective))
+
+
+def test_what_the_page_says_of_corel5k():
+    gains = {key: gain('corel5k', *key, 'mAP') for key in study.read_columns('corel5k')}
+    _, inverse, effective, odds, root = study.WEIGHTS
+    for key in (('cross-entropy', inverse), ('cross-entropy', effective), ('cross-entropy', odds), ('ASL', odds)):
+        mean, half = gains[key]
+        assert mean + half < 0 and mean < -2.35
+    for key in (('cross-entropy', root), ('ASL', inverse), ('ASL', effective)):
+        mean, half = gains[key]
+        assert abs(mean) <= half
+    for figure, least in (('mAP', 2.5), ('CF1_tuned', 2.05)):
+        mean, half = gain('corel5k', 'ASL', root, figure)
+        assert mean > least > half
+    ce = study.read_columns('corel5k')['cross-entropy', 'none']
+    assert [round(ce[figure].mean(), 1) for figure in ('CF1', 'CF1_tuned')] == [19.8, 31.3]
