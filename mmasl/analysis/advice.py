@@ -49,7 +49,7 @@ def advise(cfg: Config, config: str, batches: int = 4, gpus: int = 1, plot: str 
         batches: Number of training batches to run through the model.
         gpus: Number of GPUs of the planned run.
         plot: File for a plot of the labels of each class, .png, .svg or .pdf.
-        weights: Kind and options of :meth:`LabelStatistics.loss_weights` to add to the suggestion; None for none.
+        weights: Kind and options of ``LabelStatistics.loss_weights`` to add to the suggestion; None for none.
         progress: Wraps slow loops. Its second argument describes the step.
 
     Yields:
