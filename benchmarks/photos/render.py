@@ -167,9 +167,36 @@ def agreement_table(_: str) -> str:
                                   'mAP behind the best', 'ASL (0, 4, 0.05) behind the best'])
 
 
+def reasons(data: str) -> dict[tuple[str, str], list[dict[str, str]]]:
+    """The trainings of the last stage at the learning rate that all of them have, by setting and recipe."""
+    found: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in read_rows(fine_tuned.LAST.rows):
+        if (row['data'], row['lr']) == (data, '0.001'):
+            found.setdefault((name(key(row)[1:]), row['recipe']), []).append(row)
+    return found
+
+
+def reasons_table(data: str) -> str:
+    """What each change does to mAP, and to the gradient of the removed labels; the best first."""
+    found = reasons(data)
+    usual = {row['seed']: float(row['mAP']) for row in found[name(key(describe('', ASL))[1:]), '']}
+    lines = []
+    for (setting, recipe), rows in found.items():
+        means = {figure: np.mean([float(row[figure]) for row in rows])
+                 for figure in ('mAP', *(f'{what}_{kind}' for what in ('p', 'gradient') for kind in fine_tuned.KINDS))}
+        change = np.mean([float(row['mAP']) - usual[row['seed']] for row in rows])
+        lines.append([setting, recipe, len(rows), f'{means["mAP"]:.1f}', f'{change:+.1f}', *(
+            f'{means[f"p_{kind}"]:.2f}' for kind in fine_tuned.KINDS), *(
+            f'{means[f"gradient_{kind}"]:.0f} %' for kind in fine_tuned.KINDS)])
+    lines.sort(key=lambda line: -float(line[3]))
+    return markdown_table(lines, ['setting', 'change of the recipe', 'seeds', 'mAP', 'against ASL', *(
+        f'{what}, {kind}' for what in ('p', 'gradient') for kind in fine_tuned.KINDS)])
+
+
 def page(text: str) -> str:
     """docs/choosing.md with its tables."""
-    return fill_blocks(text, dict(frozen=table, trained=trained_table, agreement=agreement_table))
+    return fill_blocks(text, dict(frozen=table, trained=trained_table, agreement=agreement_table,
+                                  reasons=reasons_table))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
