@@ -168,10 +168,10 @@ def agreement_table(_: str) -> str:
 
 
 def reasons(data: str) -> dict[tuple[str, str], list[dict[str, str]]]:
-    """The trainings of the last stage at the learning rate that all of them have, by setting and recipe."""
+    """The rows of the last stage with shares of the gradient, at the learning rate of all, by setting and recipe."""
     found: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in read_rows(fine_tuned.LAST.rows):
-        if (row['data'], row['lr']) == (data, '0.001'):
+        if (row['data'], row['lr']) == (data, '0.001') and row['p_annotated']:
             found.setdefault((name(key(row)[1:]), row['recipe']), []).append(row)
     return found
 

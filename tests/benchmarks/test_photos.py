@@ -222,3 +222,17 @@ def test_what_the_document_says_of_trained_layers():
     assert at_rate['voc-60', '0.001', ce] - at_rate['voc-60', '0.001', asl] > 5
     found = render.agreements()['voc', 'frozen features', 'last stage']
     assert found.behind > 0.3 and found.chosen == asl
+
+
+def test_what_the_document_says_of_reasons():
+    found = {change: rows[0] for change, rows in render.reasons('voc-60').items()}
+    asl, ce = found['(0, 4, 0.05)', ''], found['(0, 0, 0)', '']
+    score = float(asl['mAP'])
+    for change in (('(0, 4, 0.05), constant weight', ''), ('(0, 4, 0.05)', 'start at p = 0.05')):
+        assert abs(float(found[change]['mAP']) - score) < 0.3
+    assert float(ce['mAP']) - score > 5
+    assert [f"{float(row['gradient_removed']):.0f}" for row in (asl, ce)] == ['19', '19']
+    assert [f"{float(row['p_annotated']):.2f}" for row in (asl, ce)] == ['0.94', '0.60']
+    slow, = (row for row in render.trained_rows('last', 'voc-60')
+             if frozen.key(row) == frozen.key(ce) and row['lr'] == '0.0003')
+    assert f"{float(slow['p_annotated']):.2f}" == '0.25' and 9.5 < float(ce['mAP']) - float(slow['mAP']) < 10.5
