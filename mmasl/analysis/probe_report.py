@@ -28,7 +28,7 @@ from mmasl.utils.tools import building_data, is_classification
 
 BATCH_SIZE = 32
 # The author's ladder, and the paper's settings without focusing of positives.
-SETTINGS = {**LADDER, 'focusing of negatives': Setting(0, 2, 0), "the paper's": Setting(0, 4, 0.05)}
+SETTINGS = {**LADDER, 'focusing of negatives': Setting(0, 2, 0), 'ASL of the paper': Setting(0, 4, 0.05)}
 
 
 def compare_settings(cfg: Config, config: str, images: int = 2000, minutes: float = 10.,
@@ -65,13 +65,15 @@ def compare_settings(cfg: Config, config: str, images: int = 2000, minutes: floa
             found[name] = search(x, y, setting)
     yield (f'## Probe: linear heads on frozen features of {len(x):,} training images\n'
            f'{FOLDS}-fold cross-validation, with {len(TRIALS)} learning rates and weight decays for each setting; '
-           'means over the folds with 95 % intervals. The backbone is not trained: docs/choosing.md says how far to '
-           'believe this.')
+           'means over the folds with 95 % intervals. The last column is for these heads, not for your training.')
     best = max(found, key=lambda name: found[name][1].map.mean())
     yield describe(found, best)
     if left := [name for name in SETTINGS if name not in found]:
         yield f'No time was left for: {", ".join(left)}. Set --probe-minutes.'
-    yield f'To train with {best}, save this beside your config:'
+    others = sorted(set(found) - {best}, key=lambda name: (name == 'cross-entropy', found[name][1].map.mean()))
+    yield ('The backbone was not trained, and training it can change the order (docs/choosing.md). Train '
+           f'{" and ".join([best, *others[-1:]])} at several learning rates each before you decide. For {best}, save '
+           'this beside your config:')
     text = write_config(cfg, f'./{Path(config).name}', site, Suggestion(SETTINGS[best], ()))
     yield f'```python\n{text}\n```'
 
@@ -114,10 +116,11 @@ def describe(found: dict[str, tuple[Trial, Scores]], best: str) -> str:
                                                      scores.of1_calibrated)), f'{trial.lr:g}, {trial.weight_decay:g}']
             for name, (trial, scores) in found.items()]
     table = markdown_table(rows, ['setting', '(gamma_pos, gamma_neg, clip)', 'mAP', 'against the best', 'CF1', 'OF1',
-                                  'CF1 calibrated', 'OF1 calibrated', 'lr, weight decay'], aligned=True)
+                                  'CF1 calibrated', 'OF1 calibrated', 'lr, weight decay of the heads'], aligned=True)
     equal = [name for name, (_, scores) in found.items()
              if name != best and -(difference := interval(scores.map - top))[0] <= difference[1]]
-    apart = f'Cannot be told apart from {best}: {", ".join(equal)}.' if equal else f'{best} is ahead of all others.'
+    apart = (f'Cannot be told apart from {best}: {", ".join(equal)}. More images (--probe-images) narrow the intervals.'
+             if equal else f'{best} is ahead of all others.')
     return f'{table}\n\n{apart}'
 
 

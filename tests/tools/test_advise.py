@@ -246,6 +246,8 @@ def test_probe(advise, probed, monkeypatch):
     loss = snippet(report).model.head.loss
     assert f'({loss.gamma_pos:g}, {loss.gamma_neg:g}, {loss.clip:g})' == rows[best][0]
     assert "_base_ = './c.py'" in report, 'to save beside the config'
+    second = max(scores.keys() - {best}, key=scores.__getitem__) if best == 'cross-entropy' else 'cross-entropy'
+    assert f'Train {best} and {second} at several learning rates' in report
     # The features come from the cache.
     monkeypatch.setattr(probe_report, 'extract_features', None)
     assert advise(*args, '--probe-minutes', '1e-9').split('## Probe')[1].count('No time was left for: focal loss') == 1
