@@ -20,7 +20,8 @@ Statistic = TypeVar('Statistic')
 
 
 def in_turn(calls: Mapping[Name, Callable[[], object]], seconds: float = 5, least: int = 5,
-            statistic: Callable[[list[float]], Statistic] = median, repeat: int = 1) -> dict[Name, Statistic]:
+            statistic: Callable[[list[float]], Statistic] = median, repeat: int = 1,
+            clock: Callable[[], float] = time.perf_counter) -> dict[Name, Statistic]:
     """Median (or other ``statistic``) time of each call in seconds.
 
     The calls take turns, so that a slower minute of the machine slows all.
@@ -32,6 +33,7 @@ def in_turn(calls: Mapping[Name, Callable[[], object]], seconds: float = 5, leas
         statistic: ``min`` for calls of many seconds, of which there are few rounds, and which other work only delays.
         repeat: Consecutive calls of a turn, whose mean counts. For calls of less than a millisecond: there the first
             call of a turn takes up to twice as long, because another one has used the CPU's caches.
+        clock: ``time.process_time`` counts the CPU's time for this process, without that for others.
     """
     for call in calls.values():
         call()
@@ -40,11 +42,11 @@ def in_turn(calls: Mapping[Name, Callable[[], object]], seconds: float = 5, leas
     while len(next(iter(times.values()))) < least or time.perf_counter() - start < seconds:
         for name, call in calls.items():
             synchronize()
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(repeat):
                 call()
             synchronize()
-            times[name].append((time.perf_counter() - begin) / repeat)
+            times[name].append((clock() - begin) / repeat)
     return {name: statistic(values) for name, values in times.items()}
 
 

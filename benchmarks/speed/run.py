@@ -15,7 +15,7 @@ from mmasl.reproduce.runs import read_rows, write_rows
 from mmasl.utils.markdown import fill_blocks, markdown_table
 
 ON_GPU = ('tiles', )
-PARTS = ('loss', 'kernel', 'overhead', 'step', 'linear', 'metrics', 'annotations')
+PARTS = ('loss', 'kernel', 'overhead', 'step', 'layout', 'linear', 'metrics', 'annotations')
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / 'docs' / 'speed.md', ROOT / 'docs' / 'scale.md', ROOT / 'README.md')
 

@@ -15,13 +15,18 @@ CLASSES = 80
 
 def classifier(loss: dict, images: int, size: tuple[int, int]) -> tuple[nn.Module, torch.Tensor, list]:
     """MMPretrain's ResNet-50 with a multi-label head for 80 classes."""
-    from mmpretrain.structures import DataSample
     model = MODELS.build(dict(
         type='mmpretrain.ImageClassifier', backbone=dict(type='mmpretrain.ResNet', depth=50),
         neck=dict(type='mmpretrain.GlobalAveragePooling'),
         head=dict(type='mmpretrain.MultiLabelLinearClsHead', num_classes=CLASSES, in_channels=2048, loss=loss)))
-    samples = [DataSample().set_gt_score((torch.rand(CLASSES) < 0.04).float()) for _ in range(images)]
-    return model, torch.randn(images, 3, *size), samples
+    return model, *classifier_inputs(images, size, CLASSES)
+
+
+def classifier_inputs(images: int, size: tuple[int, int], classes: int) -> tuple[torch.Tensor, list]:
+    """Random images, and samples in which a class is present with probability 0.04."""
+    from mmpretrain.structures import DataSample
+    samples = [DataSample().set_gt_score((torch.rand(classes) < 0.04).float()) for _ in range(images)]
+    return torch.randn(images, 3, *size), samples
 
 
 def detector(loss: dict, images: int, size: tuple[int, int]) -> tuple[nn.Module, torch.Tensor, list]:
