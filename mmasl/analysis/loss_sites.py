@@ -96,8 +96,8 @@ class LossSite:
     @property
     def alpha(self) -> float | None:
         """``alpha`` of an asymmetric or focal loss; the mean of one per class."""
-        alpha = getattr(self.module, 'alpha', None) if type(self.module).__name__ in (
-            'AsymmetricLoss', 'FocalLoss') else None
+        alpha = getattr(self.module, 'alpha', None) if class_names(self.module) & {
+            'AsymmetricLoss', 'FocalLoss'} else None
         return round(alpha.mean().item(), 6) if isinstance(alpha, Tensor) else alpha
 
     @property
@@ -108,15 +108,15 @@ class LossSite:
     @property
     def setting(self) -> Setting | None:
         """Setting (gamma_pos, gamma_neg, clip) that is equivalent to the module; None if there is none."""
-        name, loss = type(self.module).__name__, cast(Any, self.module)
+        names, loss = class_names(self.module), cast(Any, self.module)
         if self.softmax:
             return None
-        if name == 'AsymmetricLoss':
+        if 'AsymmetricLoss' in names:
             return Setting(largest(loss.gamma_pos), largest(loss.gamma_neg), largest(loss.clip))
-        if name == 'FocalLoss':
+        if 'FocalLoss' in names:
             return Setting(loss.gamma, loss.gamma, 0.)
         plain = all(getattr(loss, key, None) is None for key in ('class_weight', 'pos_weight'))
-        return Setting(0., 0., 0.) if name == 'CrossEntropyLoss' and plain else None
+        return Setting(0., 0., 0.) if 'CrossEntropyLoss' in names and plain else None
 
     def add(self, call: inspect.BoundArguments, settings: Sequence[Setting]) -> None:
         """Add a call of the module, with the gradient of the module and of each setting."""
@@ -172,14 +172,20 @@ def quality_settings(loss: Any) -> dict[str, Any]:
     Returns:
         ``soft_label``, ``gamma_pos`` and the weights; nothing if soft labels are mixtures.
     """
-    name = type(loss).__name__
-    if name == 'QualityFocalLoss':
+    kind, names = getattr(loss, 'soft_label', None), class_names(loss)
+    if kind:
+        return {} if kind == 'mixture' else dict(soft_label=kind, gamma_pos=largest(loss.gamma_pos))
+    if 'QualityFocalLoss' in names:
         return dict(soft_label='qfl', gamma_pos=float(loss.beta))
-    if name == 'VarifocalLoss' and loss.alpha:
+    if 'VarifocalLoss' in names and loss.alpha:
         return dict(soft_label='vfl', gamma_pos=float(loss.iou_weighted), class_weight=loss.alpha,
                     pos_weight=1 / loss.alpha)
-    kind = getattr(loss, 'soft_label', 'mixture')
-    return {} if kind == 'mixture' else dict(soft_label=kind, gamma_pos=largest(loss.gamma_pos))
+    return {}
+
+
+def class_names(loss: object) -> set[str]:
+    """Names of the classes of a loss. MMPretrain and MMDetection have classes of the same names and meaning."""
+    return {base.__name__ for base in type(loss).__mro__}
 
 
 def largest(value: float | Tensor | None) -> float:

@@ -27,6 +27,7 @@ from mmasl.datasets.validation import require_depth
 from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
 from mmasl.errors import CheckpointError, ConfigError, NonFiniteError
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
+from mmasl.models.losses.utils import calibration_settings
 from mmasl.ops import posterior_upper_bound
 from mmasl.utils.checkpoint import checkpoint_classes, inner_model, load_weights
 from mmasl.utils.config import is_kind
@@ -147,8 +148,6 @@ class MultiLabelInferencer(BaseInferencer):
         Raises:
             ConfigError: See :meth:`__call__`.
         """
-        from mmasl.models.losses.utils import calibration_settings
-
         head, classes = self.model.head, self.classes
         if calibrated and not self.calibrates:
             raise ConfigError(f'calibrated=True: {type(head).__module__}.{type(head).__name__} with '

@@ -19,6 +19,7 @@ from mmasl.apis.model_files import config_classes, inference_dataset, load_check
 from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
 from mmasl.errors import ConfigError
 from mmasl.models.calibrated_dense_head import CalibratedDenseHead
+from mmasl.models.losses.utils import calibration_settings
 from mmasl.ops import posterior, posterior_threshold
 from mmasl.utils.checkpoint import checkpoint_classes, load_weights
 from mmasl.utils.tools import drop_pretrained
@@ -85,8 +86,6 @@ def prepare_classifier(cfg: Config, weights: str | PathLike, shape: list[int] | 
     Raises:
         ConfigError: See :class:`mmasl.apis.inferencer.MultiLabelInferencer` and :func:`fixed_shape`.
     """
-    from mmasl.models.losses.utils import calibration_settings
-
     inferencer = MultiLabelInferencer(cfg, weights, 'cpu', show_progress=False)
     rule = inferencer.make_rule(thr)
     metadata = describe(inferencer.model, inferencer.classes, fixed_shape(inferencer, shape),

@@ -7,7 +7,14 @@ from torch import nn
 
 from mmasl import AsymmetricLoss
 from mmasl.analysis.gradient import Setting
-from mmasl.analysis.loss_sites import GradientSums, LossSite, expand_target, find_loss_sites, watch_losses
+from mmasl.analysis.loss_sites import (
+    GradientSums,
+    LossSite,
+    expand_target,
+    find_loss_sites,
+    quality_settings,
+    watch_losses,
+)
 from mmasl.analysis.suggestion import LADDER
 from mmasl.errors import ConfigError
 
@@ -80,6 +87,18 @@ def test_own_gradient_is_that_of_its_setting(name, form, batch):
     assert site.own.positive > 0 and site.own.negative > 0
     if form == 'labels':
         assert site.positives == (target < 6).sum() and site.negatives == z.numel() - site.positives
+
+
+def test_subclasses_count_as_their_class():
+    from mmdet.models import FocalLoss, QualityFocalLoss
+
+    focal = type('Mine', (FocalLoss, ), {})(gamma=3., alpha=0.4)
+    quality = type('Mine', (QualityFocalLoss, ), {})(beta=1.5)
+    both = type('Both', (AsymmetricLoss, QualityFocalLoss), {})(gamma_pos=1, gamma_neg=4, soft_label='mal')
+    assert (LossSite('', focal).setting, LossSite('', focal).alpha) == (Setting(3, 3, 0), 0.4)
+    assert quality_settings(quality) == dict(soft_label='qfl', gamma_pos=1.5)
+    assert quality_settings(both) == dict(soft_label='mal', gamma_pos=1)
+    assert LossSite('', both).setting == Setting(1, 4, 0.05)
 
 
 def test_pairs_and_probabilities():
