@@ -198,7 +198,7 @@ def plot_predictions(classifier: Run, detector: Run | None, path: Path) -> None:
     for axis in axes.flat:
         axis.axis('off')
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches='tight', pad_inches=0.05)  # the lists of labels differ in length
     plt.close(figure)
     with Image.open(path) as picture:  # 256 colours take a third of the space
         picture.convert('RGB').quantize(256).save(path, optimize=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
 
 from mmasl.datasets.digits import DigitScenes
 from mmasl.reproduce.runs import Run
@@ -65,6 +66,13 @@ def test_predictions(tmp_path, monkeypatch):
     # Runner passes the data_preprocessor that stands beside the model in the config.
     assert built[0].data_preprocessor == Config.fromfile(runs[0].config).data_preprocessor
     assert built[0].data_preprocessor.std == [255.] * 3
+    # Without a detector, a long list of labels makes the picture taller: the last ones are the doubtful ones.
+    heights = []
+    for score in (1., 0.):
+        monkeypatch.setattr(demo, 'LABEL_SCORE', score)
+        demo.plot_predictions(runs[0], None, tmp_path / 'labels.png')
+        heights.append(Image.open(tmp_path / 'labels.png').height)
+    assert heights[1] > 2 * heights[0]
 
 
 def test_readme_shows_the_committed_results():
