@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
-TESTS = ('tests/ops/test_functional.py', 'tests/ops/test_triton_impl.py')
+TESTS = ('tests/ops/test_functional.py', 'tests/ops/test_soft_labels.py', 'tests/ops/test_triton_impl.py')
 RESULT = re.compile(r'^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b', re.MULTILINE)
 REASON = re.compile(r'^(?:FAILED|ERROR) (\S+::.*?) - (.*)$', re.MULTILINE)
 PROCESSES = 8  # each has a CUDA context of half a GiB

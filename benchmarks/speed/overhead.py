@@ -51,7 +51,7 @@ def stubbed(implementation: str, grad: Tensor) -> Iterator[None]:
     """An implementation without its arithmetic."""
     value = torch.ones(())
     with ExitStack() as stack:
-        change = [(functional, 'pick_implementation', lambda logits: implementation)]
+        change = [(functional, 'pick_implementation', lambda *_: implementation)]
         change += ([(triton_impl, '_kernel', NoKernel()), (triton_impl, '_scale_kernel', NoKernel())]
                    if implementation == 'triton' else
                    [(torch_impl, 'run', lambda *args, **kwargs: (value, grad, None))])

@@ -46,7 +46,7 @@ def use_implementation(name: str) -> Iterator[None]:
         _asked['implementation'] = before
 
 
-def pick_implementation(logits: Tensor) -> str:
+def pick_implementation(logits: Tensor, soft_label: str = 'mixture') -> str:
     """The fastest implementation available for these logits, or the one of :func:`use_implementation`.
 
     Raises:
@@ -55,13 +55,13 @@ def pick_implementation(logits: Tensor) -> str:
     on_cpu = logits.device.type == 'cpu'
     asked = _asked['implementation']
     if asked is None:
-        if logits.is_cuda and not _kernel_unavailable(logits):
+        if logits.is_cuda and not _kernel_unavailable(logits, soft_label):
             return 'triton'
         large = on_cpu and logits.numel() >= torch_impl.LARGE
         return 'inductor' if large and not torch_impl.unavailable_reason() else 'eager'
     reason = ''
     if asked == 'triton':
-        reason = _kernel_unavailable(logits)
+        reason = _kernel_unavailable(logits, soft_label)
     elif asked == 'inductor':
         reason = (torch_impl.unavailable_reason() if on_cpu else
                   f'it is for the CPU, and the logits are on {logits.device}')
@@ -70,8 +70,8 @@ def pick_implementation(logits: Tensor) -> str:
     return asked
 
 
-def _kernel_unavailable(logits: Tensor) -> str:
-    return _no_triton if triton_impl is None else triton_impl.unavailable_reason(logits)
+def _kernel_unavailable(logits: Tensor, soft_label: str) -> str:
+    return _no_triton if triton_impl is None else triton_impl.unavailable_reason(logits, soft_label)
 
 
 class _Differentiable:
@@ -209,7 +209,7 @@ def asymmetric_loss(logits: Tensor,
         as_optional(class_weight, logits, 'class_weight'), as_optional(pos_weight, logits, 'pos_weight'),
         None if not isinstance(scale, Tensor) and scale == 1 else as_parameter(scale, logits, 'scale'),
         detach_focusing, ignore_index, reduction, soft_label,
-        'eager' if torch_impl.transformed() else pick_implementation(logits),
+        'eager' if torch_impl.transformed() else pick_implementation(logits, soft_label),
         torch.is_grad_enabled() and logits.requires_grad, return_sums)
     return (loss, sums) if return_sums else loss
 

@@ -30,17 +30,17 @@ INTERPRETED = knobs.runtime.interpret  # by TRITON_INTERPRET=1, which runs the k
 FAST = tl.constexpr(not INTERPRETED)
 HIP = tl.constexpr(torch.version.hip is not None)
 MODES = {'none': 1, 'sum': 2}  # what the kernel writes as the loss
-_checked: dict[tuple[torch.device, torch.dtype], str] = {}  # what check returned, once per process
+_checked: dict[tuple[torch.device, torch.dtype, str], str] = {}  # what check returned, once per process
 
 
-def unavailable_reason(logits: Tensor) -> str:
+def unavailable_reason(logits: Tensor, soft_label: str = 'mixture') -> str:
     """Why the kernel cannot run on these logits; empty if it can. The first call on a device runs :func:`check`."""
-    return _unavailable_reason(logits.device, logits.dtype)
+    return _unavailable_reason(logits.device, logits.dtype, soft_label)
 
 
 @torch.compiler.assume_constant_result
-def _unavailable_reason(device: torch.device, dtype: torch.dtype) -> str:
-    reason = _checked.get((device, dtype))
+def _unavailable_reason(device: torch.device, dtype: torch.dtype, soft_label: str) -> str:
+    reason = _checked.get((device, dtype, soft_label))
     if reason is not None:
         return reason
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -52,15 +52,17 @@ def _unavailable_reason(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
         return 'its first call compares it with PyTorch, which the capture of a CUDA graph forbids: call a loss first'
     with _disable_current_modes():  # of torch.compile and torch.export, which have no values
-        reason = check(device, dtype)
+        reason = check(device, dtype, soft_label)
     if reason:
         logging.getLogger('mmasl').warning('The Triton kernel is not used on %s for %s: %s', device, dtype, reason)
-    _checked[device, dtype] = reason
+    _checked[device, dtype, soft_label] = reason
     return reason
 
 
-def check(device: torch.device, dtype: torch.dtype) -> str:
+def check(device: torch.device, dtype: torch.dtype, soft_label: str = 'mixture') -> str:
     """Compare the kernel with the PyTorch formula in float64 on a small input, for the first call on a device.
+
+    Each meaning of a soft label is a kernel of its own.
 
     A GPU or a version of Triton that nobody has tried then costs speed and no training. Takes a host sync, and as long
     as a compilation of the kernel, which Triton keeps on disk.
@@ -75,7 +77,7 @@ def check(device: torch.device, dtype: torch.dtype) -> str:
         gamma_pos, gamma_neg, clip = (torch.full((), value, dtype=parameter_dtype, device=device)
                                       for value in (1., 4., 0.05))
         return Problem((place % 161 / 2 - 40).to(device, dtype), hard_and_soft.to(device, parameter_dtype), None, None,
-                       gamma_pos, gamma_neg, clip, None, None, None, None, False, None, 'sum')
+                       gamma_pos, gamma_neg, clip, None, None, None, None, False, None, 'sum', soft_label)
 
     try:
         found = run(problem(device, dtype, torch.float32), need_sums=True)

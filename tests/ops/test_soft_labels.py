@@ -7,11 +7,11 @@ import mpmath
 import pytest
 import torch
 from test_functional import DEVICE, TOLERANCE_GRAD, compiled, implementation, tolerance, value_and_grad  # noqa: F401
+from test_functional import on_device as asymmetric_loss
 from torch.testing import assert_close
 
 from mmasl.errors import ConfigError, DataError
 from mmasl.ops import use_implementation
-from mmasl.ops.functional import asymmetric_loss
 from mmasl.ops.reference import asymmetric_loss as reference
 
 KINDS = ('qfl', 'vfl', 'mal')
@@ -142,6 +142,7 @@ def test_transforms_and_compilation(compiled):  # noqa: F811
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(DEVICE != 'cpu', reason='the formula is compiled for the CPU')
 @kinds
 def test_compiled_formula(kind):
     logits, labels, quality = batch()

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from mmasl.errors import UnavailableError
 from mmasl.ops import asymmetric_loss, triton_impl, use_implementation
 from mmasl.ops.functional import pick_implementation
+from mmasl.ops.torch_impl import SOFT_LABELS
 
 COMPILE = """
 from triton.backends.compiler import GPUTarget
@@ -90,7 +91,7 @@ def test_first_call_compares_the_kernel_once(unchecked, monkeypatch, dtype):
     monkeypatch.setattr(triton_impl, 'check', lambda *place: calls.append(place) or check(*place))
     logits = torch.zeros(2, 3, dtype=dtype)
     assert [triton_impl.unavailable_reason(logits) for _ in range(2)] == ['', '']
-    assert calls == [(logits.device, dtype)]
+    assert calls == [(logits.device, dtype, 'mixture')]
 
 
 @pytest.mark.parametrize('result', [0, 1, 2])
@@ -107,6 +108,20 @@ def test_a_kernel_that_computes_something_else_is_refused(unchecked, monkeypatch
         pick_implementation(torch.zeros(1))
 
 
+def test_a_meaning_of_soft_labels_that_is_wrong_is_refused_alone(unchecked, monkeypatch):
+    run = triton_impl.run
+
+    def wrong(problem, **kwargs):
+        loss, *others = run(problem, **kwargs)
+        return loss * (1.01 if problem.soft_label == 'mal' else 1), *others
+
+    monkeypatch.setattr(triton_impl, 'run', wrong)
+    logits = torch.zeros(1)
+    assert [kind for kind in SOFT_LABELS if triton_impl.unavailable_reason(logits, kind)] == ['mal']
+    with use_implementation('triton'), pytest.raises(UnavailableError, match='differs from the PyTorch formula'):
+        asymmetric_loss(torch.zeros(1, 2), torch.zeros(1, 2), soft_label='mal')
+
+
 def test_a_kernel_that_does_not_run_is_refused(unchecked, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError('PTX assembly aborted\nptxas: no kernel image for sm_00')
@@ -119,10 +134,11 @@ def test_a_kernel_that_does_not_run_is_refused(unchecked, monkeypatch):
 def test_a_first_call_while_a_graph_is_captured(unchecked, monkeypatch):
     device = torch.device('cuda', 0)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    assert triton_impl._unavailable_reason(device, torch.float32) == 'PyTorch finds no GPU'
+    assert triton_impl._unavailable_reason(device, torch.float32, 'mixture') == 'PyTorch finds no GPU'
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
-    assert 'the capture of a CUDA graph forbids' in triton_impl._unavailable_reason(device, torch.float32)
+    assert 'the capture of a CUDA graph forbids' in triton_impl._unavailable_reason(
+        device, torch.float32, 'mixture')
     assert not triton_impl._checked, 'a later call checks'
 
 
