@@ -13,14 +13,9 @@ if os.environ.get('MMASL_DEVICE', 'cpu') == 'cpu':
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
 
-@pytest.fixture(scope='session', autouse=True)
-def external_bases_are_found_once():
-    """Cache the look-up of `mmpretrain::` bases, for which MMEngine reads 85 metafiles each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mmengine_config, '_get_external_cfg_path', lru_cache(maxsize=None)(
-            mmengine_config._get_external_cfg_path))
-        patch.setattr(mmengine_config_utils, 'load', lru_cache(maxsize=None)(mmengine_config_utils.load))
-        yield
+# Cache the look-up of `mmpretrain::` bases, for which MMEngine reads 85 metafiles each time.
+mmengine_config._get_external_cfg_path = lru_cache(maxsize=None)(mmengine_config._get_external_cfg_path)
+mmengine_config_utils.load = lru_cache(maxsize=None)(mmengine_config_utils.load)
 
 
 @pytest.fixture(scope='module', autouse=True)
