@@ -346,7 +346,7 @@ class CheckFiniteHook(Hook):
         """Whether a checkpoint by iterations may be written after this one."""
         return runner.iter + 1 == runner.max_iters or any(
             isinstance(hook, CheckpointHook) and not hook.by_epoch
-            and hook.every_n_train_iters(runner, hook.interval) for hook in runner.hooks)
+            and hook.every_n_train_iters(runner, hook.interval, hook.save_begin) for hook in runner.hooks)
 
     @staticmethod
     def _stop(runner: Runner, what: str, iteration: int) -> None:

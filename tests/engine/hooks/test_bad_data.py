@@ -13,7 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, Compose
-from mmengine.hooks import EMAHook
+from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from PIL import Image
@@ -610,6 +610,22 @@ def test_the_weights_are_checked_at_the_end_of_a_resumed_epoch():
     hook.after_train_iter(runner, 0)
     with pytest.raises(NonFiniteError, match='epoch 2, iteration 6: 1 of 2 weights are not finite: weight'):
         hook.after_train_epoch(runner)
+
+
+def test_the_weights_are_checked_before_checkpoints_by_iterations():
+    """With save_begin, CheckpointHook counts from there."""
+    hook, model = CheckFiniteHook(), nn.Linear(1, 1)
+    nn.init.constant_(model.weight, torch.nan)
+    runner = SimpleNamespace(cfg={}, model=model, epoch=0, max_iters=99, work_dir='work',
+                             hooks=[CheckpointHook(4, by_epoch=False, save_begin=2)],
+                             message_hub=SimpleNamespace(log_scalars={}))
+    stopped = []
+    for runner.iter in range(12):
+        try:
+            hook.after_train_iter(runner, 0)
+        except NonFiniteError:
+            stopped.append(runner.iter + 1)
+    assert stopped == [2, 6, 10]
 
 
 def test_the_place_of_logits_that_are_not_finite():
