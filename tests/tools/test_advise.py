@@ -1,5 +1,6 @@
 """tools/advise.py on small digits: reports for both families, findings and refusals."""
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
+from torch import nn
 
 from mmasl.analysis import probe_report
 from mmasl.analysis.advice import drop_downloads
@@ -251,6 +253,35 @@ def test_probe(advise, probed, monkeypatch):
     # The features come from the cache.
     monkeypatch.setattr(probe_report, 'extract_features', None)
     assert advise(*args, '--probe-minutes', '1e-9').split('## Probe')[1].count('No time was left for: focal loss') == 1
+
+
+def test_probe_takes_each_image_once(probed, monkeypatch):
+    """Wrappers that repeat images would put one into two folds. The others remain, with the pipeline of the evaluation.
+    """
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        cfg = Config.fromfile(ROOT / 'configs/digits/resnet_asl_digits.py')
+        half = [dict(cfg.train_dataloader.dataset, data_root=str(probed / 'digits'), indices=list(part))
+                for part in (range(40), range(40, 80))]
+        cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=3, dataset=dict(type='ConcatDataset', datasets=[
+            dict(type='ClassBalancedDataset', oversample_thr=0.9, dataset=dict(type='RepeatDataset', times=2,
+                                                                               dataset=half[0])),
+            dict(type='KFoldDataset', fold=1, num_splits=4, dataset=half[1])]))
+        cfg.val_dataloader.dataset.pipeline = [dict(type='PackInputs', meta_keys=('img_path', ))]
+        seen: list[str] = []
+
+        def extract(model, batches, num_classes):
+            assert num_classes == 40
+            for batch in batches:
+                seen.extend(sample.img_path for sample in batch['data_samples'])
+                yield torch.zeros(1, 1), torch.zeros(1, 1)
+
+        monkeypatch.setattr(probe_report, 'extract_features', extract)
+        monkeypatch.setattr(probe_report.DATASETS, 'build', lambda data, build=probe_report.DATASETS.build: (
+            built.append(data), build(data))[1])
+        built: list = []
+        probe_report.load_features(cfg, nn.Linear(1, 1), 1000, math.inf, Path('cache'), lambda items, what: items)
+    assert len(seen) == len(set(seen)) == 40 + 30
+    assert 'Repeat' not in str(built) and 'Balanced' not in str(built)
 
 
 @pytest.mark.parametrize('base, argv, message', (
