@@ -18,7 +18,7 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.runner import Runner
 from mmengine.utils import mkdir_or_exist
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from mmasl.engine.resume_settings import HINT, find_differences
 from mmasl.errors import CheckpointError
@@ -189,9 +189,10 @@ class ResumeHook(Hook):
             return  # a test
         runner.register_hook(_Evaluation(self))
         loader = runner.train_loop.dataloader
-        if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
-            runner.logger.warning('ResumeHook: the training data has no batch sampler, so a resumed run will see other '
-                                  'data than an uninterrupted one')
+        if not isinstance(loader, DataLoader) or loader.batch_sampler is None or isinstance(
+                loader.dataset, IterableDataset):
+            runner.logger.warning('ResumeHook: the training data has no batches of indices, so a resumed run may see '
+                                  'other data than an uninterrupted one')
             return
         if not isinstance(loader.batch_sampler, SeededBatches):
             # DataLoader forbids a new sampler, because its iterator has its own; there is no iterator yet.

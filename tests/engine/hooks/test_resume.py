@@ -13,8 +13,8 @@ from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.fileio import get_file_backend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.runner import BaseLoop, Runner
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from mmengine.runner import Runner
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from mmasl.engine.hooks import resume
 from mmasl.engine.hooks.resume import (
@@ -210,18 +210,26 @@ def test_another_model_is_not_resumed(trained):
         make_runner('again', Model(3), load_from=trained, resume=True).train()
 
 
+class Stream(Draws, IterableDataset):
+    """Data without an index, as shards are read."""
+    __getitem__ = None
+
+    def __iter__(self):
+        return map(float, range(7))
+
+
 def test_data_without_batches_is_told():
+    """Training, checkpoints and resuming work as in MMEngine, from the start and within the data."""
     said = []
-
-    class Loop(BaseLoop):
-        def run(self) -> None:
-            """Not needed."""
-
-    runner = SimpleNamespace(hooks=[], register_hook=lambda _: None, logger=SimpleNamespace(warning=said.append))
-    runner._train_loop = runner.train_loop = Loop(runner, DataLoader(Draws(), batch_size=None))
-    hook = ResumeHook()
-    hook.before_run(runner)
-    assert hook.batches is None and 'has no batch sampler' in said[0]
+    for start in ({}, dict(load_from='w/iter_3.pth', resume=True)):
+        runner = make_runner('w', train_dataloader=dict(batch_size=2, num_workers=0, dataset=Stream(), sampler=None),
+                             train_cfg=dict(by_epoch=False, max_iters=4),
+                             default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=3)),
+                             **start)
+        runner.logger.warning = lambda text, *_: said.append(text)
+        runner.train()
+        assert runner.iter == 4
+    assert sum('has no batches of indices' in text for text in said) == 2
 
 
 # --- settings that a checkpoint restores
