@@ -29,7 +29,7 @@ from mmasl.utils.runner import built_loop, checkpoint_name, is_resuming
 
 BACKEND = 'mmasl.checkpoint'  # name of CheckpointBackend in MMEngine's registry
 STATE = 'mmasl_resume'  # key in checkpoints
-DATA, STEP, EPOCH = range(3)  # purposes of random numbers
+DATA, STEP, EPOCH, EVALUATION = range(4)  # purposes of random numbers
 
 
 class CheckpointBackend(LocalBackend):
@@ -281,6 +281,10 @@ class ResumeHook(Hook):
 
     def after_train_epoch(self, runner: Runner) -> None:
         self._share_buffers(runner)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        if self.key:  # within a training
+            seed_draws(*self.key, EVALUATION, runner.iter)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self._evaluated = True  # before CheckpointHook writes the checkpoint again, with the score

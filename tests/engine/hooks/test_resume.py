@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.fileio import get_file_backend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
@@ -177,6 +178,31 @@ def test_a_config_can_name_the_hook(trained):
     assert first['state_dict']['layer.weight'].equal(again['state_dict']['layer.weight'])
     assert first['mmasl_resume'] == again['mmasl_resume'] == dict(batches=4, processes=1, done=0, evaluated=False)
     assert first['meta']['seed'] == again['meta']['seed'] == runner.train_dataloader.sampler.seed
+
+
+def test_an_evaluation_is_made_again_with_the_same_numbers():
+    """A kill has prevented the evaluation of the checkpoint, or it was written before: without save_best."""
+    class Noisy(Model):
+        def val_step(self, data):
+            return [dict(pred=np.random.rand() + torch.rand(()).item())]
+
+    class Mean(BaseMetric):
+        def process(self, data_batch, data_samples):
+            self.results += [sample['pred'] for sample in data_samples]
+
+        def compute_metrics(self, results):
+            found.append((loop.epoch, np.mean(results)))
+            return dict(mean=found[-1][1])
+
+    found: list = []
+    data = dict(batch_size=2, num_workers=0, dataset=Draws(), sampler=dict(type='DefaultSampler', shuffle=False))
+    settings = dict(val_dataloader=data, val_evaluator=Evaluator(Mean()), val_cfg={})
+    for work_dir, start in (('w', {}), ('again', dict(load_from='w/epoch_1.pth', resume=True))):
+        runner = make_runner(work_dir, Noisy(), **settings, **start)
+        loop = runner.train_loop
+        runner.train()
+    assert found[:2] == found[2:] and [epoch for epoch, _ in found] == [1, 2, 1, 2]
+    assert found[0][1] != found[1][1]
 
 
 def test_checkpoints_elsewhere_are_left_to_their_backend():
