@@ -35,15 +35,20 @@ DATA, STEP, EPOCH, EVALUATION = range(4)  # purposes of random numbers
 class CheckpointBackend(LocalBackend):
     """Local files for MMEngine's CheckpointHook, written atomically.
 
-    Files that the hook removes before it writes the next checkpoint are kept until :meth:`clear`. With
-    ``max_keep_ckpts=1`` a kill in between would otherwise leave no checkpoint.
+    The hook removes a file before it writes the next one. With ``max_keep_ckpts=1`` a kill in between would leave no
+    checkpoint. The file is therefore kept until the next one is written, and deleted at the write that follows, or by
+    :meth:`clear`.
     """
     outdated: set[str] = set()  # shared, because MMEngine makes an instance for each file
+    replaced: set[str] = set()  # of the outdated ones, those whose successor is written
 
     def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
         mkdir_or_exist(osp.dirname(filepath))
+        self._delete(self.replaced - {str(filepath)})
         atomic_write(filepath, obj)
-        self.outdated.discard(str(filepath))
+        self.replaced.update(self.outdated)
+        self.outdated.clear()
+        self.replaced.discard(str(filepath))
 
     def remove(self, filepath: str | os.PathLike) -> None:
         self.outdated.add(str(filepath))
@@ -51,8 +56,14 @@ class CheckpointBackend(LocalBackend):
     @classmethod
     def clear(cls) -> None:
         """Delete the removed files."""
-        while cls.outdated:
-            Path(cls.outdated.pop()).unlink(missing_ok=True)
+        cls._delete(cls.outdated | cls.replaced)
+
+    @classmethod
+    def _delete(cls, paths: set[str]) -> None:
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
+        cls.outdated -= paths
+        cls.replaced -= paths
 
 
 def seed_draws(*key: int) -> None:

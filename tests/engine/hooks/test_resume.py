@@ -33,30 +33,46 @@ from mmasl.errors import CheckpointError
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     CheckpointBackend.outdated.clear()
+    CheckpointBackend.replaced.clear()
     return tmp_path
 
 
 # --- files
 
 
-def test_the_checkpoint_before_goes_last():
-    """MMEngine's hook removes it before it writes the next; with max_keep_ckpts=1 none would be left for a while."""
+def test_the_checkpoint_before_goes_last(monkeypatch):
+    """MMEngine's hook removes it before it writes the next; with max_keep_ckpts=1 none would be left for a while.
+
+    At no time is there more than one file beside the last checkpoint and the best.
+    """
     register_backend(resume.BACKEND, CheckpointBackend, force=True)
-    hook = CheckpointHook(1, max_keep_ckpts=1, backend_args=dict(backend=resume.BACKEND))
-    seen = []
+    hook = CheckpointHook(1, max_keep_ckpts=1, save_best='mAP', rule='greater',
+                          backend_args=dict(backend=resume.BACKEND))
+    seen, write = [], resume.atomic_write
+    monkeypatch.setattr(resume, 'atomic_write', lambda path, content: (
+        seen.append((os.path.basename(path), sorted(Path().glob('*.pth')))), write(path, content)))
 
     def save(out_dir, filename, *_, backend_args, **__):
-        seen.append(sorted(os.listdir()))
         get_file_backend(filename, backend_args=backend_args).put(b'x', filename)
 
-    runner = SimpleNamespace(work_dir='.', logger=SimpleNamespace(info=print), save_checkpoint=save, epoch=0, iter=0,
-                             message_hub=SimpleNamespace(runtime_info={}, update_info=lambda *_: None))
+    info: dict = {}
+    runner = SimpleNamespace(
+        work_dir='.', logger=SimpleNamespace(info=print), save_checkpoint=save, epoch=0, iter=0,
+        message_hub=SimpleNamespace(runtime_info=info, update_info=info.__setitem__, get_info=info.get))
     hook.before_train(runner)
-    for runner.epoch in range(3):
+    for epoch in range(3):
+        runner.epoch = epoch
         hook._save_checkpoint(runner)
+        runner.epoch = epoch + 1
+        hook._save_best_checkpoint(runner, dict(mAP=runner.epoch))
         CheckpointBackend.clear()
-    assert seen == [[], ['epoch_1.pth', 'last_checkpoint'], ['epoch_2.pth', 'last_checkpoint']]
-    assert sorted(os.listdir()) == ['epoch_3.pth', 'last_checkpoint']
+    assert [(name, list(map(str, files))) for name, files in seen[:6]] == [
+        ('epoch_1.pth', []), ('best_mAP_epoch_1.pth', ['epoch_1.pth']),
+        ('epoch_1.pth', ['best_mAP_epoch_1.pth', 'epoch_1.pth']),
+        ('epoch_2.pth', ['best_mAP_epoch_1.pth', 'epoch_1.pth']),
+        ('best_mAP_epoch_2.pth', ['best_mAP_epoch_1.pth', 'epoch_2.pth']),
+        ('epoch_2.pth', ['best_mAP_epoch_2.pth', 'epoch_2.pth'])]
+    assert sorted(os.listdir()) == ['best_mAP_epoch_3.pth', 'epoch_3.pth', 'last_checkpoint']
 
 
 def test_what_is_written_again_is_not_outdated():
