@@ -329,7 +329,7 @@ def scale_gradient(grad: Tensor, upstream: Tensor) -> Tensor:
     grad = grad.detach()
     if grad.device.type == 'cpu' and not upstream.dim() and upstream.item() == 1:
         return grad
-    if triton_impl is not None and not upstream.dim() and not triton_impl.unavailable_reason(grad):
+    if triton_impl is not None and not upstream.dim() and pick_implementation(grad) == 'triton':
         return triton_impl.scale_(grad, upstream)
     return grad.mul_(upstream)
 
