@@ -185,6 +185,7 @@ def test_wheel_has_every_file(wheel):
     assert files(mim / 'tools') == files(ROOT / 'tools') - {'setup_env.sh'}
 
 
+@pytest.mark.slow
 def test_wheel_builds_models_and_runs_tools(wheel, tmp_path):
     code = f"""
 import runpy, sys

@@ -22,8 +22,8 @@ def test_resolves(registry, scope):
             assert found.__name__ == name and found.__module__.startswith('mmasl.')
 
 
-@pytest.mark.parametrize('scope, custom_imports', [
-    pytest.param('mmdet', '', marks=pytest.mark.slow), ('mmpretrain', 'import mmasl')])
+@pytest.mark.slow
+@pytest.mark.parametrize('scope, custom_imports', [('mmdet', ''), ('mmpretrain', 'import mmasl')])
 def test_the_loss_resolves_in_a_fresh_process(scope, custom_imports):
     """MMEngine imports mmasl.registry at the lookup; ``custom_imports`` imports mmasl, which registers nothing."""
     code = f"""

@@ -60,7 +60,7 @@ def test_the_highest_threshold_of_images_by_definition():
     assert found == max(allowed)
 
 
-@pytest.mark.parametrize('level', [0.5, 0.9])
+@pytest.mark.parametrize('level', [0.5, pytest.param(0.9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('by_class', [True, False], ids=['class', 'image'])
 def test_a_promise_that_cannot_be_kept_is_rarely_made(level, by_class):
     """Labels that do not depend on the scores: the precision is ``level`` at every threshold, and any promise of more

@@ -118,7 +118,8 @@ def test_a_stock_head_has_one_output():
 
 
 @pytest.mark.parametrize('load, mean, order', [
-    (dict(color_type='grayscale'), [7.], 'GRAY'), (dict(color_type='unchanged'), [7.], 'GRAY'), ({}, [7.], 'RGB')])
+    (dict(color_type='grayscale'), [7.], 'GRAY'),
+    pytest.param(dict(color_type='unchanged'), [7.], 'GRAY', marks=pytest.mark.slow), ({}, [7.], 'RGB')])
 def test_grey_images(load, mean, order, monkeypatch):
     """A model of one channel, and one of three channels with the same mean."""
     channels = 3 if order == 'RGB' else 1
@@ -226,7 +227,8 @@ class Scores(torch.nn.Module):
 
 
 @pytest.mark.parametrize('settings', [
-    dict(gamma_neg=2., clip=0., gamma_pos=1., alpha=0.25), dict(gamma_neg=4., clip=0.05, detach_focusing=True),
+    pytest.param(dict(gamma_neg=2., clip=0., gamma_pos=1., alpha=0.25), marks=pytest.mark.slow),
+    pytest.param(dict(gamma_neg=4., clip=0.05, detach_focusing=True), marks=pytest.mark.slow),
     dict(gamma_neg=torch.tensor([0.5, 2., 4.]), clip=torch.tensor([0.05, 0., 0.3]))
 ], ids=['detection', 'detached', 'classes'])
 def test_scores_are_exact_for_all_logits(settings):

@@ -64,7 +64,7 @@ HEADS = {
     'yolox': ('yolox/yolox_tiny_8xb8-300e_coco', {}),
 }
 MASK_HEADS = ('rtmdet-ins', 'solo', 'decoupled-solo', 'solov2', 'condinst')
-FAST = ('fcos', 'atss', 'retinanet', 'gfl', 'vfnet', 'rtmdet', 'tood-late', 'condinst', 'dino', 'yolox')
+FAST = ('fcos', 'atss', 'retinanet', 'gfl', 'rtmdet', 'tood-late', 'dino', 'yolox')
 PREDICTING = ('fcos', 'retinanet', 'tood-late', 'rtmdet', 'gfl', 'conditional-detr', 'sparse-rcnn', 'yolox')
 
 
