@@ -161,10 +161,10 @@ def test_largest_numbers_stay_finite(setting, dtype):
 @settings
 def test_loss_scale_in_half_precision(setting):
     """A float16 gradient of 1 times GradScaler's first scale is past float16's end."""
-    logits = torch.linspace(-60000, 60000, 1001).half()
+    logits = torch.linspace(-60000, 60000, 61).half()
     for target in (0., 1.):
         _, grad = value_and_grad(asymmetric_loss, logits, torch.full_like(logits, target), **setting,
-                                 cotangent=torch.full((1001, ), 65536.))
+                                 cotangent=torch.full((61, ), 65536.))
         assert grad.isfinite().all()
     _, grad = value_and_grad(asymmetric_loss, logits[:1], torch.ones_like(logits[:1]), cotangent=torch.tensor([2.**20]))
     assert grad.isinf().all(), 'GradScaler must see an overflow'
