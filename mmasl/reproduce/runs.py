@@ -264,7 +264,7 @@ def train(runs: Sequence[Run], jobs: int | None = None, gpus: int = 1) -> None:
     running: dict[str, tuple[Run, subprocess.Popen, str | None]] = {}
     console, reported = Console(soft_wrap=True, highlight=False, markup=False), dict[str, int]()
     # Without this handler, SIGTERM would leave the child processes running.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))
     try:
         with Live(console=console, transient=True, auto_refresh=False) as live:
             while waiting or running:
@@ -295,6 +295,7 @@ def train(runs: Sequence[Run], jobs: int | None = None, gpus: int = 1) -> None:
             process.terminate()
         for _, process, _ in running.values():
             process.wait()
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _devices(gpus: int) -> list[str | None]:

@@ -1,5 +1,6 @@
 """Runs as child processes: progress, resuming, failures, and GPUs of their own."""
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,10 @@ def test_a_failure_shows_its_end_and_stops_the_rest(run, tmp_path):
 
 def test_several_jobs(run, tmp_path):
     several = [Run(run.config, str(tmp_path / 'work' / str(number))) for number in range(3)]
+    handler = signal.getsignal(signal.SIGTERM)
     train(several, jobs=2)
     assert all(one.finished for one in several)
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_placement_may_change_and_reaches_the_training(run):
