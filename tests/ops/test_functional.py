@@ -517,7 +517,7 @@ def test_reductions_are_sums(form, rows, classes):
     assert_close((total, total_grad), (element.sum() / 2, plain * 1.5), rtol=1e-5, atol=1e-4)
 
 
-@forms
+@pytest.mark.parametrize('form', ['dense', 'labels', 'quality'])
 @pytest.mark.parametrize('reduction', ['none', 'sum'])
 def test_the_same_in_every_run_and_no_matter_what_memory_held(form, reduction):
     logits, target = batch_of(form, 261, 19)
@@ -532,7 +532,8 @@ def test_the_same_in_every_run_and_no_matter_what_memory_held(form, reduction):
 
 
 @pytest.mark.parametrize('shape, order', [
-    ((6, 5), (1, 0)), ((4, 6, 7), (1, 2, 0)), ((3, 4, 6, 7), (0, 2, 3, 1)), ((2, 5, 3), (0, 2, 1))], ids=str)
+    pytest.param((6, 5), (1, 0), marks=pytest.mark.slow), ((4, 6, 7), (1, 2, 0)), ((3, 4, 6, 7), (0, 2, 3, 1)),
+    pytest.param((2, 5, 3), (0, 2, 1), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize('reduction', ['none', 'sum'])
 def test_permuted_maps(shape, order, reduction):
     """Channels-first, as a convolution makes them, and the same copied to classes last."""

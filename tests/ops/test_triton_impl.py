@@ -70,6 +70,7 @@ except ImportError as error:
 """
 
 
+@pytest.mark.slow
 def test_why_triton_cannot_be_used():
     done = subprocess.run([sys.executable, '-c', IMPORT], capture_output=True, text=True)
     assert done.stdout.splitlines() == ['Triton is not installed',

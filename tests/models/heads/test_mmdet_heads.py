@@ -64,7 +64,7 @@ HEADS = {
     'yolox': ('yolox/yolox_tiny_8xb8-300e_coco', {}),
 }
 MASK_HEADS = ('rtmdet-ins', 'solo', 'decoupled-solo', 'solov2', 'condinst')
-FAST = ('fcos', 'atss', 'retinanet', 'gfl', 'rtmdet', 'tood-late', 'dino', 'yolox')
+FAST = ('fcos', 'atss', 'gfl', 'rtmdet', 'tood-late', 'dino')
 PREDICTING = ('fcos', 'retinanet', 'tood-late', 'rtmdet', 'gfl', 'conditional-detr', 'sparse-rcnn', 'yolox')
 
 
@@ -324,6 +324,7 @@ def test_bare_name_is_unknown(scope):
             MODELS.build(dict(type='AsymmetricLoss'))
 
 
+@pytest.mark.slow
 def test_resolves_without_imports_and_without_mmpretrain():
     """In an environment without MMPretrain, MMEngine finds loss and hooks by name alone and loads no other package."""
     code = """
