@@ -60,8 +60,8 @@ def test_the_highest_threshold_of_images_by_definition():
     assert found == max(allowed)
 
 
-@pytest.mark.parametrize('level', [0.5, pytest.param(0.9, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('by_class', [True, False], ids=['class', 'image'])
+@pytest.mark.parametrize('level, by_class', [
+    (0.5, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.5, False), (0.9, True), (0.9, False)))])
 def test_a_promise_that_cannot_be_kept_is_rarely_made(level, by_class):
     """Labels that do not depend on the scores: the precision is ``level`` at every threshold, and any promise of more
     would fail. It may be made with a probability of ``delta`` at most; 4 standard errors of slack."""

@@ -64,7 +64,7 @@ HEADS = {
     'yolox': ('yolox/yolox_tiny_8xb8-300e_coco', {}),
 }
 MASK_HEADS = ('rtmdet-ins', 'solo', 'decoupled-solo', 'solov2', 'condinst')
-FAST = ('fcos', 'atss', 'gfl', 'rtmdet', 'tood-late', 'dino')
+FAST = ('fcos', 'atss', 'gfl', 'rtmdet', 'tood-late')
 PREDICTING = ('fcos', 'retinanet', 'tood-late', 'rtmdet', 'gfl', 'conditional-detr', 'sparse-rcnn', 'yolox')
 
 
