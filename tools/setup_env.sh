@@ -18,21 +18,21 @@ VENV=${VENV:-.venv}
 }
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 pip() { "$VENV/bin/python" -m pip "$@" -c constraints.txt; }
+install() { pip install -q --no-compile "$@"; }  # the check at the end compiles what is used, a small part
 version=$(sed -n 's/^onedl-mmcv==//p' constraints.txt)
 
 echo "== torch and torchvision (1 to 3 minutes after the download)"
-# Python compiles the few files it imports itself.
-pip install -q --no-compile torch torchvision numpy setuptools wheel ninja psutil packaging
+install torch torchvision numpy setuptools wheel ninja psutil packaging
 
 if [ "$part" = cls ]; then
     if ! "$VENV/bin/python" -c 'import mmcv' 2>/dev/null; then
         # pip's build isolation hides torch, so mmcv leaves out its ops, which MMPretrain does not use.
         echo "== mmcv without its ops"
-        pip install -q --no-cache-dir --no-binary onedl-mmcv onedl-mmcv
+        install --no-cache-dir --no-binary onedl-mmcv onedl-mmcv
     fi
     echo "== MMPretrain and mmasl"
-    pip install -q -e '.[cls,demo]'
-    "$VENV/bin/python" -c 'import mmasl.registry, mmpretrain.models'
+    install -e '.[cls,demo]'
+    "$VENV/bin/python" -W ignore -c 'import mmasl.registry, mmpretrain.models'
     touch "$VENV/.installed-cls"
     exit
 fi
@@ -46,8 +46,8 @@ mkdir -p "$cache"
 
 install_mmcv() {  # FOLDER: installs the wheel in it, if there is one, and runs an op: those of another torch may load
     compgen -G "$1/onedl_mmcv-$version-*.whl" >/dev/null &&
-        pip install -q --no-index --find-links "$1" --force-reinstall --no-deps onedl-mmcv 2>/dev/null &&
-        pip install -q onedl-mmcv &&
+        install --no-index --find-links "$1" --force-reinstall --no-deps onedl-mmcv 2>/dev/null &&
+        install onedl-mmcv &&
         "$VENV/bin/python" -c 'import torch; from mmcv.ops import nms; nms(torch.ones(1, 4), torch.ones(1), 0.5)' 2>/dev/null
 }
 
@@ -100,6 +100,6 @@ if ! install_any "$cache" ${MMCV_WHEELS:+"$MMCV_WHEELS"/*/ "$MMCV_WHEELS"}; then
 fi
 
 echo "== MMDetection, MMPretrain and mmasl"
-pip install -q -e '.[det,cls,demo,test]'
-"$VENV/bin/python" -c 'import mmasl.registry, mmcv.ops, mmdet.models, mmpretrain.models'
+install -e '.[det,cls,demo,test]'
+"$VENV/bin/python" -W ignore -c 'import mmasl.registry, mmcv.ops, mmdet.models, mmpretrain.models'
 touch "$VENV/.installed-cls" "$VENV/.installed"
