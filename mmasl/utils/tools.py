@@ -17,7 +17,8 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.registry import DATASETS, HOOKS, MODELS, RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
+from mmengine.utils import import_modules_from_strings
 from rich.console import Console
 from rich.progress import track
 
@@ -63,9 +64,10 @@ def exit_on_user_error() -> Iterator[None]:
         raise SystemExit(str(DiskFullError.describe(error, error.filename or 'A file of the run', folder))) from None
 
 
-# What MMEngine's Runner and the tools read at the top of a config.
-SETTINGS = (*inspect.signature(Runner).parameters, 'activation_checkpointing', 'compile', 'efficient_conv_bn_eval',
-            'find_unused_parameters', 'model_wrapper_cfg', 'runner_type', 'sync_bn', 'tta_model', 'tta_pipeline')
+# What MMEngine's runners and the tools read at the top of a config.
+SETTINGS = (*inspect.signature(Runner).parameters, *inspect.signature(FlexibleRunner).parameters,
+            'activation_checkpointing', 'custom_imports', 'efficient_conv_bn_eval', 'find_unused_parameters',
+            'model_wrapper_cfg', 'runner_type', 'sync_bn', 'tta_model', 'tta_pipeline')
 SOURCES = {  # pattern in the path of a missing file: where to download it
     '(train|val)2017': 'COCO 2017: unpack train2017.zip, val2017.zip (http://images.cocodataset.org/zips/) and\n'
             '  annotations_trainval2017.zip (http://images.cocodataset.org/annotations/) in data/coco/.',
@@ -141,8 +143,9 @@ def load_config(args: argparse.Namespace) -> Config:
 def merge_options(cfg: Config, options: dict[str, Any], path: str) -> None:
     """Merge ``--cfg-options`` into a config.
 
-    A new key is an error if it is no setting of MMEngine's Runner at the top, or nearly equals a key beside it below. A
-    new list is given by the numbers of its entries, as in ``custom_hooks.0.type=EMAHook``.
+    A new key is an error if it is no setting of MMEngine's runners at the top, or nearly equals one beside it below,
+    unless the options replace the ``type`` of its dict. A new list is given by the numbers of its entries, as in
+    ``custom_hooks.0.type=EMAHook``. Modules of ``custom_imports`` are imported; MMEngine imports those of files only.
 
     Args:
         cfg: The config, changed in place.
@@ -160,6 +163,8 @@ def merge_options(cfg: Config, options: dict[str, Any], path: str) -> None:
             if isinstance(node, (dict, Config)) and part not in node:
                 known = list(node) if place else [*SETTINGS, *node]
                 close = get_close_matches(part, known, 1, 0.85 if place else 0.7)
+                if place and {'.'.join([*parts[:place], key]) for key in ('type', '_delete_')} & set(options):
+                    close = []  # the dict of another class
                 if close != [part] and (close if place else part not in known):
                     hint = f'Did you mean {".".join([*parts[:place], *close])}?' if close else 'Check its spelling.'
                     raise ConfigError(f'--cfg-options {option}: {path} has no {".".join(parts[:place + 1])}, and '
@@ -184,6 +189,12 @@ def merge_options(cfg: Config, options: dict[str, Any], path: str) -> None:
             node = node[int(part) if isinstance(node, (list, tuple)) else part]
         if isinstance(node[last], dict) and all(key.isdecimal() for key in node[last]):
             node[last] = [node[last][key] for key in sorted(node[last], key=int)]
+    if any(option.startswith('custom_imports.') for option in options):
+        try:
+            import_modules_from_strings(**cfg.custom_imports)
+        except ImportError as error:
+            raise ConfigError(f'--cfg-options custom_imports: {error}. Correct the name, or set PYTHONPATH to the '
+                              'folder of the module') from None
 
 
 def _expand_user(config: Any) -> None:

@@ -145,6 +145,26 @@ def test_options_that_add_settings():
     assert 'Check its spelling' in refusal('train', '--cfg-options', 'unheard.of=1')
 
 
+def test_options_of_another_class():
+    """Its arguments may nearly equal those of the class that it replaces."""
+    roots, place = 'train_dataloader.dataset.data_roots=[a,b]', 'train_dataloader.dataset'
+    assert refusal('train', '--cfg-options', roots).endswith(f'Did you mean {place}.data_root?')
+    for replaced, left in (('type=Others', True), ('_delete_=True', False)):
+        dataset = configure('train', '--cfg-options', roots, f'{place}.{replaced}').train_dataloader.dataset
+        assert dataset.data_roots == ['a', 'b'] and ('data_root' in dataset) is left
+    assert configure('train', '--cfg-options', 'strategy.type=DDPStrategy').strategy.type == 'DDPStrategy'
+
+
+def test_imports_by_options(folder, monkeypatch):
+    """As docs/stock_configs.md shows them, for a config without custom_imports."""
+    Path('mine_by_option.py').touch()
+    assert 'Failed to import mine_by_option. Correct the name' in refusal(
+        'train', '--cfg-options', 'custom_imports.imports=[mine_by_option]')
+    monkeypatch.syspath_prepend(folder)
+    cfg = configure('train', '--cfg-options', 'custom_imports.imports=[mmasl,mine_by_option]')
+    assert cfg.custom_imports.imports == ['mmasl', 'mine_by_option'] and sys.modules.pop('mine_by_option')
+
+
 def test_no_workers_and_a_home_folder(monkeypatch, folder):
     monkeypatch.setenv('HOME', str(folder))
     cfg = configure('train', '--cfg-options', 'train_dataloader.persistent_workers=True',
