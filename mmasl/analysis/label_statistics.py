@@ -162,5 +162,8 @@ def read_labels(info: dict) -> tuple[str, list[int], int | np.ndarray]:
     if 'gt_label' not in info:
         raise DataError(f"{info.get('img_path', 'a sample')} has no gt_label, gt_score or instances: use the annotated "
                         'training set')
+    if isinstance(info['gt_label'], dict):
+        raise DataError(f"{info.get('img_path', 'a sample')} has labels of the tasks {list(info['gt_label'])}. Give a "
+                        'config that trains one of them')
     label = np.asarray(info['gt_label'])
     return ('multi-label' if label.ndim else 'single-label'), label.reshape(-1).astype(int).tolist(), 0

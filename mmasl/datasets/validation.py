@@ -121,6 +121,7 @@ def _look_at_samples(dataset: BaseDataset, num_classes: int | None, key: str,
     listed: dict[str, Collection[str]] = {}
     missing: list[tuple[int, str]] = []
     pairs: set[tuple] = set()
+    labelled: dict[bool, tuple[int, Any]] = {}  # whether a sample has labels: the first one
     packs = _packs_labels(dataset)
     last = time.monotonic()
     for index in indices:
@@ -129,6 +130,7 @@ def _look_at_samples(dataset: BaseDataset, num_classes: int | None, key: str,
             path = info.get('img_path')
             if num_classes and (fault := find_label_fault(info, num_classes, packs)):
                 raise DataError(f'{path} in {key} has {fault}')
+            labelled.setdefault(bool({'gt_label', 'gt_score'} & info.keys()), (index, path))
             if num_classes == 2 and 'gt_score' not in info:
                 pairs.add(tuple(np.asarray(info.get('gt_label', ())).reshape(-1).tolist()))
         except Exception as error:  # the other ranks wait for the result of this one
@@ -144,6 +146,10 @@ def _look_at_samples(dataset: BaseDataset, num_classes: int | None, key: str,
             listed[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else ()
         if name not in listed[folder]:
             missing.append((index, path))
+    if packs and len(labelled) == 2:
+        index, path = labelled[False]
+        return missing, (index, DataError(f'{path} in {key} has no gt_label, and other samples have one. Add it; an '
+                                          'image without label has gt_label=[]. Or remove the sample.'))
     if pairs == {(0, 1), (1, 0)}:
         return missing, (0, DataError(
             f'All labels of {key} are [0, 1] or [1, 0]: they are vectors of 0 and 1, one per class, which belong in '

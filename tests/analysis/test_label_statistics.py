@@ -65,7 +65,8 @@ def test_classes_without_names_are_numbered():
     (Data(*labelled([], [])), 'none of the 2 training images has a label'),
     (Data(*labelled([0], [3])), 'labels range from 0 to 3, but metainfo.classes has 3 names'),
     (Data(dict(gt_score=np.array([1., 0]))), 'gt_score has 2 values, but metainfo.classes has 3'),
-    (Data(dict(img_path='x.jpg')), 'x.jpg has no gt_label')))
+    (Data(dict(img_path='x.jpg')), 'x.jpg has no gt_label'),
+    (Data(dict(img_path='x.jpg', gt_label=dict(tags=[1], sky=0))), 'x.jpg has labels of the tasks .*tags.*sky')))
 def test_labels_that_cannot_be_counted(data, message):
     with pytest.raises(DataError, match=message):
         count_labels(data)

@@ -312,6 +312,8 @@ FAULTS = {
         'mmpretrain', lambda: edit('mmpretrain/data.json', lambda x: x['data_list'][2].update(gt_label=[3])), ''),
     "MMPretrain's data set: labels as 0 and 1": ('mmpretrain', lambda: edit('mmpretrain/data.json', lambda x: [
         info.update(gt_label=[0, 1, 0]) for info in x['data_list']]), ''),
+    "MMPretrain's data set: sample without gt_label": (
+        'mmpretrain', lambda: edit('mmpretrain/data.json', lambda x: x['data_list'][2].pop('gt_label')), ''),
     "MMPretrain's data set: label twice": (
         'mmpretrain', lambda: edit('mmpretrain/data.json', lambda x: x['data_list'][2].update(gt_label=[2, 2])), ''),
     'detection: no `area`': (
