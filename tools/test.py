@@ -12,7 +12,7 @@ from mmasl.apis.drawing import use_font
 from mmasl.datasets.validation import check_annotation_files
 from mmasl.errors import ConfigError
 from mmasl.utils.checkpoint import safe_checkpoint_loading
-from mmasl.utils.config import is_kind, iter_dataset_configs
+from mmasl.utils.config import is_kind, iter_dataset_configs, metainfo_classes
 from mmasl.utils.distributed import check_on_main_process
 from mmasl.utils.tools import (
     build_runner,
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.no_check_data:
         check_on_main_process(lambda: check_annotation_files(cfg, 'test'))
     with building_data(cfg, args.no_check_data):
-        names = getattr(runner.test_loop.dataloader.dataset, 'metainfo', {}).get('classes') or ()
+        names = metainfo_classes(getattr(runner.test_loop.dataloader.dataset, 'metainfo', {})) or ()
     if args.out and args.out_item == 'pred':
         dump = 'DumpResults' if is_classification(cfg) else 'mmdet.DumpDetResults'
         runner.test_evaluator.metrics.append(METRICS.build(dict(type=dump, out_file_path=args.out)))

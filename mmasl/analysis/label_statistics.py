@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmasl.errors import ConfigError, DataError
 from mmasl.ops import effective_number_weights, inverse_frequency_weights, positive_weights
+from mmasl.utils.config import metainfo_classes
 
 WEIGHTS: dict[str, tuple[str, Callable[..., Tensor]]] = dict(  # argument of the losses, and what computes it
     inverse_frequency=('class_weight', inverse_frequency_weights),
@@ -126,7 +127,7 @@ def count_labels(dataset: Any, progress: Callable[[Iterable, str], Iterable] = l
     if not found:
         raise DataError(f'none of the {len(per_image)} training images has a label: check the annotation file and '
                         'metainfo.classes')
-    classes = dataset.metainfo.get('classes') or range(max(found) + 1)
+    classes = metainfo_classes(dataset.metainfo) or range(max(found) + 1)
     if not 0 <= min(found) <= max(found) < len(classes):
         raise DataError(f'the training labels range from {min(found)} to {max(found)}, but metainfo.classes '
                         f'has {len(classes)} names: correct metainfo.classes')

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from mmasl.errors import ConfigError, DataError
-from mmasl.utils.config import iter_dataset_configs, resolve_type
+from mmasl.utils.config import iter_dataset_configs, iter_metric_configs, resolve_type
 
 from .annotation_files import (
     BOXES,
@@ -277,7 +277,10 @@ def check_annotation_files(cfg: Config, *splits: str) -> None:
     for split in splits if is_main_process() else ():
         loader = cfg.get(f'{split}_dataloader')
         entries = iter_dataset_configs(loader['dataset'], f'{split}_dataloader.dataset', scope) if loader else ()
-        for key, dataset in entries:
+        evaluator = cfg.get(f'{split}_evaluator')
+        metrics = list(iter_metric_configs(evaluator, f'{split}_evaluator'))
+        by_part = isinstance(evaluator, dict) and 'metrics' in evaluator  # MultiDatasetsEvaluator has one for each part
+        for place, (key, dataset) in enumerate(entries):
             kind = resolve_type(dataset.get('type'), DATASETS, scope)
             classes = _read_configured_classes(dataset, key)
             path, training = _join(dataset, 'ann_file'), not dataset.get('test_mode')
@@ -293,16 +296,15 @@ def check_annotation_files(cfg: Config, *splits: str) -> None:
             if not _stock(kind, 'CocoDataset', 'load_data_list', 'parse_data_info'):
                 continue
             check_coco_file(path, classes, key, dataset.get('filter_cfg') or {}, training)
-            evaluators = cfg.get(f'{split}_evaluator') or ()
-            for evaluator in [evaluators] if isinstance(evaluators, dict) else evaluators:
-                other = evaluator.get('ann_file') or ''
+            for where, metric in metrics[place:place + 1] if by_part else metrics:
+                other = metric.get('ann_file') or ''
                 if not os.path.isfile(other):
                     continue
                 if not os.path.samefile(path, other):
-                    _check_evaluator(path, other, f'{split}_evaluator.ann_file')
-                metric = resolve_type(evaluator.get('type'), METRICS, scope)
-                if not evaluator.get('format_only') and _stock(metric, 'CocoMetric', 'compute_metrics'):
-                    check_evaluation_file(other, f'{split}_evaluator')
+                    _check_evaluator(path, other, f'{where}.ann_file')
+                kind = resolve_type(metric.get('type'), METRICS, scope)
+                if not metric.get('format_only') and _stock(kind, 'CocoMetric', 'compute_metrics'):
+                    check_evaluation_file(other, where)
 
 
 def _read_configured_classes(dataset: dict, key: str) -> Sequence[Any] | None:

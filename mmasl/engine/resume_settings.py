@@ -13,6 +13,8 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 
 from mmasl.errors import CheckpointError
+from mmasl.utils.checkpoint import checkpoint_classes
+from mmasl.utils.config import metainfo_classes
 from mmasl.utils.runner import built_loop
 
 HINT = 'or start from its weights (--cfg-options load_from=CHECKPOINT, without --resume)'
@@ -63,8 +65,8 @@ def find_differences(runner: Runner, checkpoint: dict, path: str) -> list[Differ
 
 def _classes(runner: Runner, checkpoint: dict) -> Iterator[Difference]:
     loop = built_loop(runner, 'train')
-    now = getattr(getattr(getattr(loop, 'dataloader', None), 'dataset', None), 'metainfo', {}).get('classes')
-    then = (checkpoint.get('meta', {}).get('dataset_meta') or {}).get('classes')
+    now = metainfo_classes(getattr(getattr(getattr(loop, 'dataloader', None), 'dataset', None), 'metainfo', {}))
+    then = checkpoint_classes(checkpoint)
     if now and then and list(now) != list(then):
         place = next((i for i, (a, b) in enumerate(zip(now, then)) if a != b), min(len(now), len(then)))
         ours, theirs = (repr(names[place]) if place < len(names) else 'none' for names in (now, then))

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.hub import load_state_dict_from_url
 
 from mmasl.errors import CheckpointError
-from mmasl.utils.config import is_kind
+from mmasl.utils.config import is_kind, metainfo_classes
 
 WRAPPERS = ('module.', '_orig_mod.')  # of DDP and AveragedModel, of torch.compile
 BACKBONE = 'backbone.timm_model.'
@@ -132,8 +132,10 @@ def _only_data(checkpoint: object, path: str) -> dict:
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'{path} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict of '
                               'weights')
-    if isinstance(checkpoint.get('meta'), dict):
-        checkpoint['meta'].pop('config', None)  # Runner.resume executes it to look for gpu_ids of MMCV 1
+    if isinstance(meta := checkpoint.get('meta'), dict):
+        meta.pop('config', None)  # Runner.resume executes it to look for gpu_ids of MMCV 1
+        if isinstance(parts := meta.get('dataset_meta'), list) and metainfo_classes(parts):
+            meta['dataset_meta'] = parts[0]  # of a ConcatDataset; MMDetection's inferencer expects a dict
     if isinstance(state := checkpoint.get('state_dict'), dict):
         checkpoint['state_dict'] = strip_wrappers(state)
         return checkpoint
@@ -232,7 +234,7 @@ def state_of(checkpoint: dict) -> dict[str, Any]:
 def checkpoint_classes(checkpoint: Mapping) -> Sequence[str] | None:
     """The class names in a checkpoint of MMEngine or of older versions; None without names."""
     meta = checkpoint.get('meta') or {}
-    return {key.lower(): value for key, value in (meta.get('dataset_meta') or meta).items()}.get('classes') or None
+    return metainfo_classes(meta.get('dataset_meta') or meta)
 
 
 def check_state_dict(model: nn.Module, checkpoint: dict, path: str, strict: bool = True) -> None:

@@ -1,6 +1,6 @@
 """What the dicts of a config mean: the class of a ``type``, the data sets inside wrappers, and lists in text files."""
 import os.path as osp
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmengine.fileio import list_from_file
@@ -74,6 +74,35 @@ def _is_dataset(path: str, config: dict, scope: str | None) -> bool:
         return False
     found = resolve_type(config['type'], DATASETS, scope)
     return isinstance(found, type) and hasattr(found, '__getitem__') and hasattr(found, '__len__')
+
+
+def iter_metric_configs(evaluator: Any, key: str) -> Iterator[tuple[str, dict]]:
+    """Yield key and config of the metrics of an evaluator: one, a list, or those of MultiDatasetsEvaluator.
+
+    Args:
+        evaluator: Value of ``val_evaluator`` or ``test_evaluator``; None for none.
+        key: Its key.
+    """
+    if isinstance(evaluator, (list, tuple)):
+        for number, inner in enumerate(evaluator):
+            yield from iter_metric_configs(inner, f'{key}.{number}')
+    elif evaluator:
+        if 'metrics' in evaluator:
+            yield from iter_metric_configs(evaluator['metrics'], f'{key}.metrics')
+        else:
+            yield key, evaluator
+
+
+def metainfo_classes(metainfo: Any) -> Sequence[str] | None:
+    """The class names in the ``metainfo`` of a built data set or of a checkpoint; None without names.
+
+    Args:
+        metainfo: A dict; or a list of dicts, which MMDetection's ConcatDataset has if those of its parts differ in
+            anything, such as palettes. Parts with different classes have no names in common.
+    """
+    first, *others = [{str(key).lower(): value for key, value in entry.items()}.get('classes') or ()
+                      for entry in (metainfo if isinstance(metainfo, (list, tuple)) else [metainfo])] or [()]
+    return first if len(first) and all(list(names) == list(first) for names in others) else None
 
 
 def drop_empty_lines(names: Any, expand_user: bool = False) -> Any:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mmasl.errors import ConfigError, DataError, DiskFullError, MMASLError, UnavailableError
-from mmasl.utils.config import drop_empty_lines, is_kind, iter_dataset_configs, resolve_type
+from mmasl.utils.config import drop_empty_lines, is_kind, iter_dataset_configs, iter_metric_configs, resolve_type
 from mmasl.utils.files import is_full
 
 TEST_HOOKS = ('mmasl.CheckDataHook', 'mmasl.CheckFiniteHook', 'mmasl.CheckStateDictHook')
@@ -301,7 +301,9 @@ def check_data(cfg: Config, *splits: str) -> None:
             loader.dataset, f'{split}_dataloader.dataset', cfg.get('default_scope'))) if loader else []
         paths = {path_key: path for key, dataset in entries
                  for path_key, path in _dataset_paths(dataset, key, cfg.get('default_scope'))}
-        paths |= _evaluator_paths(cfg.get(f'{split}_evaluator'), f'{split}_evaluator')
+        paths |= {f'{key}.ann_file': metric['ann_file']
+                  for key, metric in iter_metric_configs(cfg.get(f'{split}_evaluator'), f'{split}_evaluator')
+                  if isinstance(metric.get('ann_file'), str) and not metric.get('backend_args')}
         missing |= {key: path for key, path in paths.items()
                     if '://' not in path and not osp.exists(osp.expanduser(path))}
     if missing:
@@ -345,14 +347,6 @@ def _reads_image_sets(dataset: dict, scope: str | None) -> bool:
     kind = resolve_type(dataset.get('type'), DATASETS, scope)
     module = sys.modules.get('mmpretrain.datasets')
     return isinstance(kind, type) and module is not None and issubclass(kind, module.VOC)
-
-
-def _evaluator_paths(evaluator: dict | list | None, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(evaluator, (list, tuple)):
-        for number, inner in enumerate(evaluator):
-            yield from _evaluator_paths(inner, f'{key}.{number}')
-    elif evaluator and isinstance(evaluator.get('ann_file'), str) and not evaluator.get('backend_args'):
-        yield f'{key}.ann_file', evaluator['ann_file']
 
 
 def add_hooks(cfg: Config, *hooks: str | dict) -> None:

@@ -1,6 +1,7 @@
 """Types of a config: names, scopes, dotted paths, classes and subclasses are the same to every tool."""
 from pathlib import Path
 
+import mmengine
 import pytest
 from mmdet.datasets import CocoDataset
 from mmengine.config import Config, ConfigDict
@@ -14,8 +15,8 @@ from mmasl.apis.model_files import inference_dataset, use_calibrated_head
 from mmasl.datasets.validation import check_annotation_files
 from mmasl.engine.hooks import CheckDataHook
 from mmasl.errors import ConfigError, DataError
-from mmasl.utils.config import is_kind, iter_dataset_configs, resolve_type
-from mmasl.utils.tools import TEST_HOOKS, add_hooks, drop_pretrained, is_classification
+from mmasl.utils.config import is_kind, iter_dataset_configs, metainfo_classes, resolve_type
+from mmasl.utils.tools import TEST_HOOKS, add_hooks, check_data, drop_pretrained, is_classification
 from tools.train import enable_amp, enable_auto_scale_lr
 
 
@@ -61,6 +62,14 @@ def test_data_sets_inside_all_wrappers():
         'data.dataset.datasets.3.first', 'data.dataset.datasets.3.others.0']
     assert all(dataset is inner for _, dataset in found[:4])
     assert list(iter_dataset_configs(inner, 'data', 'mmdet')) == [('data', inner)]
+
+
+@pytest.mark.parametrize('metainfo, classes', [
+    ({}, None), (dict(classes=[]), None), (dict(CLASSES=('a', 'b')), ('a', 'b')),
+    ([dict(classes=('a', 'b'), palette=1), dict(classes=['a', 'b'])], ('a', 'b')),
+    ([dict(classes=('a', 'b')), dict(classes=('b', 'a'))], None), ([dict(classes=('a', )), {}], None), ([], None)])
+def test_classes_of_one_or_several_metainfos(metainfo, classes):
+    assert metainfo_classes(metainfo) == classes
 
 
 def test_the_first_of_several_test_sets_has_the_pipeline():
@@ -122,6 +131,26 @@ def test_files_of_every_coco_data_set_are_checked(kind, tmp_path):
     cfg = Config(dict(default_scope='mmdet', train_dataloader=dict(dataset=wrapped)))
     with pytest.raises(DataError, match="(?i)class 0 of train_dataloader.dataset.dataset.inner is 'cat', but 'dog'"):
         check_annotation_files(cfg, 'train')
+
+
+def test_metrics_of_several_data_sets(tmp_path):
+    """MultiDatasetsEvaluator has one metric for each part of a ConcatDataset."""
+    paths, parts = [str(tmp_path / f'{number}.json') for number in range(2)], []
+    for number, path in enumerate(paths):
+        box = dict(id=0, image_id=number, category_id=1, bbox=[1, 1, 4, 4], area=16, iscrowd=0)
+        mmengine.dump(dict(images=[dict(id=number, file_name='a.jpg', width=9, height=9)], annotations=[box],
+                           categories=[dict(id=1, name='dog')]), path)
+        parts.append(dict(type='CocoDataset', ann_file=path, metainfo=dict(classes=('dog', )), test_mode=True))
+    metrics = [dict(type='CocoMetric', ann_file=path) for path in paths]
+    cfg = Config(dict(default_scope='mmdet', val_dataloader=dict(dataset=dict(type='ConcatDataset', datasets=parts)),
+                      val_evaluator=dict(type='MultiDatasetsEvaluator', metrics=metrics)))
+    check_annotation_files(cfg, 'val')
+    mmengine.dump(mmengine.load(paths[1]) | dict(annotations=[]), paths[1])
+    with pytest.raises(DataError, match='1.json of val_evaluator.metrics.1 has no annotations'):
+        check_annotation_files(cfg, 'val')
+    cfg.val_evaluator.metrics[1].ann_file = 'missing.json'
+    with pytest.raises(DataError, match='missing.json   <- val_evaluator.metrics.1.ann_file'):
+        check_data(cfg, 'val')
 
 
 def test_calibrated_heads():

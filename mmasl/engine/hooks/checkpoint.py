@@ -23,6 +23,7 @@ from mmasl.utils.checkpoint import (
     strip_wrappers,
     unwrap_model,
 )
+from mmasl.utils.config import metainfo_classes
 from mmasl.utils.runner import built_loop, checkpoint_name, is_resuming, loads_checkpoint
 from mmasl.utils.thresholds import STORED
 
@@ -194,7 +195,7 @@ def dataset_classes(runner: Runner) -> Sequence[str] | None:
     """The class names of the data set that is trained with or tested; None without names."""
     for split in ('train', 'test', 'val'):
         if loop := built_loop(runner, split):
-            return getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes')
+            return metainfo_classes(getattr(loop.dataloader.dataset, 'metainfo', {}))
     return None
 
 

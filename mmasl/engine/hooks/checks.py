@@ -16,6 +16,7 @@ import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.dataset import BaseDataset, Compose
 from mmengine.dist import all_reduce
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import BaseLoop, Runner
@@ -34,6 +35,7 @@ from mmasl.evaluation.name_checks import check_metric_names
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
 from mmasl.models.losses.asymmetric_softmax_loss import AsymmetricSoftmaxLoss
 from mmasl.registry import HOOKS
+from mmasl.utils.config import metainfo_classes
 from mmasl.utils.distributed import first_of_all_ranks
 from mmasl.utils.runner import built_loop, checkpoint_name
 
@@ -118,19 +120,23 @@ class CheckDataHook(Hook):
                                   f'{first_few(names)}')
 
     def _check(self, model: nn.Module, loops: dict[str, BaseLoop], save_best: Sequence[str]) -> None:
-        classes = {}
+        classes: dict[str, Sequence[str]] = {}
         for split, loop in loops.items():
             key, dataset = f'{split}_dataloader.dataset', loop.dataloader.dataset
             if not len(loop.dataloader):
                 raise ConfigError(f'{split}_dataloader makes no batch of the {len(dataset)} images of its data set: '
                                   'lower batch_size or set drop_last=False')
-            names = getattr(dataset, 'metainfo', {}).get('classes')
-            if names:
-                classes[key] = names
+            meta = getattr(dataset, 'metainfo', {})
+            parts = {f'{key}.datasets.{i}': part for i, part in enumerate(meta)} if isinstance(meta, list) else {
+                key: meta}
+            classes |= {place: part['classes'] for place, part in parts.items() if part.get('classes')}
             for inner in iter_base_datasets(dataset):
-                check_samples(inner, names and len(names), key, self._spare(split), self.max_samples)
+                names = metainfo_classes(inner.metainfo)
+                check_samples(inner, len(names) if names else None, key, self._spare(split), self.max_samples)
                 self._sample_images(inner, key)
-            if names and (evaluator := getattr(loop, 'evaluator', None)):
+            names = metainfo_classes(meta)
+            evaluator: Any = getattr(loop, 'evaluator', None)
+            if names and type(evaluator) is Evaluator:  # others name their metrics themselves
                 check_metric_names(evaluator.metrics, len(names), f'{split}_evaluator',
                                    save_best if split == 'val' else ())
         if not reads_text(model):

@@ -5,12 +5,14 @@ Each row of the table states the outcome and the words of the message, and the t
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from mmdet.datasets import ConcatDataset
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, Compose
 from mmengine.hooks import CheckpointHook, EMAHook
@@ -671,6 +673,25 @@ def test_same_classes():
     check_same_classes(dict(train=NAMES, val=tuple(NAMES)))
     with pytest.raises(DataError, match="(?i)class 2 is 'elk' in train and 'no class' in val"):
         check_same_classes(dict(train=NAMES, val=NAMES[:2]))
+
+
+class Remote(BaseDataset):
+
+    def load_data_list(self) -> list[dict]:
+        return [dict(img_path='s3://a.jpg', instances=[])]
+
+
+@pytest.mark.parametrize('names, words', [
+    (NAMES, None), (['cat', 'elk', 'dog'], "Class 1 is 'dog' in train_dataloader.dataset.datasets.0 and 'elk' in tra")
+], ids=['palette', 'order'])
+def test_sets_whose_metainfo_differs(names, words):
+    """MMDetection's ConcatDataset then has a list in place of a dict."""
+    metas = dict(classes=NAMES, palette=[1, 2, 3]), dict(classes=names)
+    data = ConcatDataset([Remote(metainfo=meta) for meta in metas])
+    assert isinstance(data.metainfo, list)
+    loop = SimpleNamespace(dataloader=torch.utils.data.DataLoader(data))
+    with pytest.raises(DataError, match=words) if words else nullcontext():
+        CheckDataHook()._check(nn.Identity(), dict(train=loop), ())
 
 
 def test_wrapped_data_sets_are_found():
