@@ -2,6 +2,7 @@
 import argparse
 import importlib.util
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ def test_rows():
         assert bool(row['reason']) is (row['outcome'] != WORKS), row
         assert bool(row['validation']) is (row['outcome'] == WORKS), row
         assert row['loss'] or row['outcome'] != WORKS, row
+        assert all((stock_configs.ROOT / path).is_file() for path in re.findall(r'tests/\S+\.py', row['reason'])), row
 
 
 def test_swap_replaces_every_loss_and_nothing_else():
