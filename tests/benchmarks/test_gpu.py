@@ -173,9 +173,9 @@ def test_no_photographs(tmp_path):
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
-    """The command without a GPU, from end to end."""
+    """The command without a GPU, from end to end. It takes 3 minutes; the limit is for a machine with other work."""
     write_photos(tmp_path / 'photos')
-    command = [sys.executable, str(ROOT / 'benchmarks' / 'gpu.py'), '--device', 'cpu', '--minutes', '8', '--out',
+    command = [sys.executable, str(ROOT / 'benchmarks' / 'gpu.py'), '--device', 'cpu', '--minutes', '30', '--out',
                str(tmp_path / 'out'), '--data', str(tmp_path / 'photos')]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
