@@ -248,7 +248,8 @@ def train(runs: Sequence[Run], jobs: int | None = None, gpus: int = 1) -> None:
 
     Args:
         runs: Finished ones are skipped.
-        jobs: Number of simultaneous runs. None: as many as the GPUs allow; without a GPU, one per core.
+        jobs: Number of simultaneous runs, which share the cores equally, even while fewer are left. None: as many as
+            the GPUs allow; without a GPU, one per core.
         gpus: GPUs per run. Simultaneous runs use different GPUs while there are enough.
 
     Raises:
@@ -259,7 +260,7 @@ def train(runs: Sequence[Run], jobs: int | None = None, gpus: int = 1) -> None:
     cores = len(os.sched_getaffinity(0))
     devices = _devices(gpus)
     waiting = [run for run in runs if not run.finished]
-    jobs = max(1, min(jobs or (cores if devices == [None] else len(devices)), len(waiting)))
+    jobs = max(1, jobs or min(cores if devices == [None] else len(devices), len(waiting)))
     free = [devices[place % len(devices)] for place in range(jobs)]
     running: dict[str, tuple[Run, subprocess.Popen, str | None]] = {}
     console, reported = Console(soft_wrap=True, highlight=False, markup=False), dict[str, int]()

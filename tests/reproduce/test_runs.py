@@ -88,6 +88,15 @@ def test_several_jobs(run, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+@pytest.mark.parametrize('jobs, threads', [(3, 2), (None, 8)])
+def test_named_jobs_share_the_cores_even_if_fewer_run(run, monkeypatch, jobs, threads):
+    monkeypatch.setattr(runs.os, 'sched_getaffinity', lambda _: range(8))
+    given, start = [], Run.start
+    monkeypatch.setattr(Run, 'start', lambda self, number, *rest: given.append(number) or start(self, number, *rest))
+    train([run], jobs)
+    assert given == [threads]
+
+
 def test_placement_may_change_and_reaches_the_training(run):
     run.placement['train_dataloader.batch_size'] = 16
     train([run])
