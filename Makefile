@@ -13,8 +13,10 @@ $(VENV)/.installed: setup.py constraints.txt tools/setup_env.sh
 	tools/setup_env.sh
 
 # Classification needs no compiled ops.
+CLS = cls
+demo: CLS = demo
 $(VENV)/.installed-cls: setup.py constraints.txt tools/setup_env.sh
-	tools/setup_env.sh cls
+	tools/setup_env.sh $(CLS)
 
 # Sets up detection itself, once the classifiers' results are there.
 demo: setup-cls

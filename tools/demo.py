@@ -11,7 +11,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from PIL import Image
 from torchvision.ops import box_iou
 
-from mmasl.datasets.digits import DigitScenes
+from mmasl.datasets.digits import GLYPHS, DigitScenes
 from mmasl.errors import MMASLError
 from mmasl.reproduce.runs import Run, duration, train
 from mmasl.utils.checkpoint import read_checkpoint
@@ -66,15 +65,16 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.monotonic()
     print('Cross-entropy, focal loss and ASL on handwritten digits: first three classifiers, then two detectors, after '
-          'a\none-time preparation. On 2 idle cores the first table takes about 6 minutes, all trainings about 11. An '
+          'a\none-time preparation. On 2 idle cores the first table takes 5 to 8 minutes, all trainings 10 to 13. An '
           'interrupted\ndemo goes on where it stopped.', flush=True)
 
     print('== data and pre-training on single digits', flush=True)
-    DigitScenes(size=32, single=True, labels_per_image=1).write('data/glyphs')
-    scenes = threading.Thread(target=DigitScenes().write, args=['data/digits'])
-    scenes.start()
-    train([digits_run('resnet_ce_glyphs')])
-    scenes.join()
+    GLYPHS.write('data/glyphs')
+    DigitScenes().write('data/digits')
+    glyphs = digits_run('resnet_ce_glyphs')
+    # A single training leaves a core to a process that loads its images.
+    glyphs.placement = {'train_dataloader.num_workers': 1, 'train_cfg.val_interval': 3}
+    train([glyphs], args.jobs)
     classifiers = {loss: classifier_run(loss) for loss in LOSSES}
     detectors = {loss: digits_run(f'fcos_{loss}_digits') for loss in ('focal', 'asl')}
     shown = ['asl'] if args.picture else list(LOSSES)

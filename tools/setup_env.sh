@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Creates .venv for mmasl; `make` calls it.
 #   tools/setup_env.sh cls   classification: MMPretrain, and mmcv without its compiled ops
+#   tools/setup_env.sh demo  the same, and the digits of the demo, which are drawn while pip installs torch
 #   tools/setup_env.sh       classification and detection: MMDetection, and mmcv with its ops
 # Environment variables:
 #   PYTHON       interpreter, 3.11 to 3.13        [python3]
@@ -21,10 +22,18 @@ pip() { "$VENV/bin/python" -m pip "$@" -c constraints.txt; }
 install() { pip install -q --no-compile "$@"; }  # the check at the end compiles what is used, a small part
 version=$(sed -n 's/^onedl-mmcv==//p' constraints.txt)
 
+if [ "$part" = demo ]; then
+    echo "== the digits of the demo, drawn while pip installs torch"
+    install numpy opencv-python rich scikit-learn
+    "$VENV/bin/python" -c 'from mmasl.datasets.digits import GLYPHS, DigitScenes
+GLYPHS.write("data/glyphs")
+DigitScenes().write("data/digits")' &
+fi
 echo "== torch and torchvision (1 to 3 minutes after the download)"
 install torch torchvision numpy setuptools wheel ninja psutil packaging
 
-if [ "$part" = cls ]; then
+if [ "$part" != all ]; then
+    "$VENV/bin/python" -c 'import torch._dynamo, torch.distributed.fsdp, torchvision' &  # writes their byte code
     if ! "$VENV/bin/python" -c 'import mmcv' 2>/dev/null; then
         # pip's build isolation hides torch, so mmcv leaves out its ops, which MMPretrain does not use.
         echo "== mmcv without its ops"
@@ -33,6 +42,7 @@ if [ "$part" = cls ]; then
     echo "== MMPretrain and mmasl"
     install -e '.[cls,demo]'
     "$VENV/bin/python" -W ignore -c 'import mmasl.registry, mmpretrain.models'
+    wait  # the demo draws digits that are missing
     touch "$VENV/.installed-cls"
     exit
 fi

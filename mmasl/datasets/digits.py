@@ -280,3 +280,6 @@ class DigitScenes:
             categories=[dict(id=1 + i, name=name, supercategory=name.split()[0])
                         for i, name in enumerate(self.classes)])
         (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
+
+
+GLYPHS = DigitScenes(size=32, single=True, labels_per_image=1)  # pre-trains the backbone of configs/digits

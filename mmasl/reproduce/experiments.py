@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from mmengine.config import Config
 
-from mmasl.datasets.digits import DigitScenes
+from mmasl.datasets.digits import GLYPHS, DigitScenes
 from mmasl.errors import ConfigError
 from mmasl.reproduce.numbers import Entry, load
 from mmasl.reproduce.runs import Run, fingerprint
@@ -278,7 +278,7 @@ def items(data: str) -> list[str]:
 
 def digits_of(root: str) -> DigitScenes | None:
     """The digits that ``tools/reproduce.py`` writes to a data root; None for a root of other data."""
-    scenes = {'data/glyphs': DigitScenes(size=32, single=True, labels_per_image=1), 'data/digits': DigitScenes()}
+    scenes = {'data/glyphs': GLYPHS, 'data/digits': DigitScenes()}
     scenes |= {_missing_root(share): DigitScenes(train=6000, long_tail=0.7, missing=share) for share in MISSING}
     scenes |= {_labels_root(mean): DigitScenes(train=6000, long_tail=0.7, missing=0.3, labels_per_image=mean)
                for mean in LABELS}
