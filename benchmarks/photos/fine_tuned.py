@@ -1,9 +1,11 @@
 """Fine-tune EfficientNet-Lite0 on VOC 2007 and Corel-5k: its last stage, or the whole network.
 
 A check of how far the ranking on frozen features holds once layers are trained, and why. Images have 128 px. All losses
-share AdamW, its learning rates and the length of the training. Finished rows are kept, so repeat an interrupted call.
+share AdamW, its learning rates and the length of the training. Repeat an interrupted call: finished rows and epochs are
+kept.
 """
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +26,7 @@ from mmasl import AsymmetricLoss  # noqa: E402
 from mmasl.analysis.gradient import Setting  # noqa: E402
 from mmasl.analysis.probe import extract_features, score  # noqa: E402
 from mmasl.reproduce.runs import read_rows, write_rows  # noqa: E402
+from mmasl.utils.files import atomic_write  # noqa: E402
 from mmasl.utils.tools import exit_on_user_error, progress  # noqa: E402
 
 BATCH_SIZE = 64
@@ -123,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed, lr, one in progress(list(product(range(args.seeds), args.lr, plan)), 'trainings'):
         columns = describe(one.data, one.setting) | dict(recipe=one.recipe, lr=f'{lr:g}', seed=str(seed))
         if not any(columns.items() <= row.items() for row in rows):
-            rows.append(columns | measure(one, lr, seed, maps[DATA[one.data].config], layers))
+            rows.append(columns | measure(one, lr, seed, maps[DATA[one.data].config], layers,
+                                          args.cache / 'unfinished.pth'))
             write_rows(layers.rows, rows)
 
 
@@ -168,27 +172,38 @@ def images_of(maps: Tensor, places: Tensor) -> Tensor:
     return maps[places].float().contiguous(memory_format=torch.channels_last)
 
 
-def measure(one: Training, lr: float, seed: int, maps: dict[str, tuple[Tensor, Tensor]], layers: Layers
-            ) -> dict[str, str]:
-    """Train, and evaluate on the test images."""
+def measure(one: Training, lr: float, seed: int, maps: dict[str, tuple[Tensor, Tensor]], layers: Layers,
+            unfinished: Path) -> dict[str, str]:
+    """Train, and evaluate on the test images. A file keeps the state of an interrupted training."""
     x, complete = maps['train']
     labels = remove_labels(complete, DATA[one.data].missing, seed)
-    model = train(build(DATA[one.data].config, layers, seed), one.setting, lr, x, labels, layers, RECIPES[one.recipe])
+    model = train(build(DATA[one.data].config, layers, seed), one.setting, lr, x, labels, layers, RECIPES[one.recipe],
+                  unfinished, f'{layers.title}, {one}, lr {lr}, seed {seed}')
     figures = evaluate(predict(model, maps['test'][0]), maps['test'][1], one.setting)
     if layers.shares and DATA[one.data].missing:
         figures |= label_shares(predict(model, x), complete, labels, one.setting)
     return figures
 
 
-def train(model: nn.Sequential, setting: Setting, lr: float, x: Tensor, y: Tensor, layers: Layers, recipe: Recipe
-          ) -> nn.Sequential:
-    """Train a model on maps and labels. It is in evaluation mode afterwards."""
+def train(model: nn.Sequential, setting: Setting, lr: float, x: Tensor, y: Tensor, layers: Layers, recipe: Recipe,
+          unfinished: Path, name: str) -> nn.Sequential:
+    """Train a model on maps and labels. It is in evaluation mode afterwards.
+
+    After each epoch ``unfinished`` has the state of the training with this name.
+    """
     model[-1].bias.data.fill_(torch.tensor(recipe.prior).logit())
     loss = AsymmetricLoss(**asdict(setting), reduction='sum')
     steps = len(x) // BATCH_SIZE
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, layers.epochs * steps, cycle_momentum=False)
-    for _ in range(layers.epochs):
+    parts = dict(model=model, optimizer=optimizer, schedule=schedule)
+    first, state = 0, torch.load(unfinished) if unfinished.exists() else {}
+    if state.get('name') == name:
+        first = state['epoch']
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+        torch.set_rng_state(state['rng'])
+    for epoch in range(first, layers.epochs):
         for batch in torch.randperm(len(x))[:steps * BATCH_SIZE].split(BATCH_SIZE):
             images = images_of(x, batch)
             if layers.flip:
@@ -197,6 +212,10 @@ def train(model: nn.Sequential, setting: Setting, lr: float, x: Tensor, y: Tenso
             (recipe.scale / BATCH_SIZE * loss(model(images), y[batch].float())).backward()
             optimizer.step()
             schedule.step()
+        buffer = io.BytesIO()
+        torch.save(dict(name=name, epoch=epoch + 1, rng=torch.get_rng_state()) |
+                   {key: part.state_dict() for key, part in parts.items()}, buffer)
+        atomic_write(unfinished, buffer.getvalue())
     return model.eval()
 
 

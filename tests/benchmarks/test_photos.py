@@ -88,7 +88,7 @@ def test_trained_layers_are_the_end_of_the_classifier():
         assert count / total == pytest.approx(share, abs=0.02), 'as the document says'
 
 
-def test_trainings_are_paired(monkeypatch):
+def test_trainings_are_paired_and_resumed(tmp_path, monkeypatch):
     """Every setting sees the same batches, flips and initial weights. Prior and scale are those of the recipe."""
     class Watched(nn.Linear):
         def forward(self, x):
@@ -107,7 +107,7 @@ def test_trainings_are_paired(monkeypatch):
     for setting, recipe in ((frozen.CE, ''), (frozen.ASL, ''), (frozen.ASL, 'other')):
         seen: list[tuple[torch.Tensor, ...]] = []
         training = fine_tuned.Training('voc', setting, recipe)
-        found.append((fine_tuned.measure(training, 1e-3, 0, maps, fine_tuned.ALL), seen))
+        found.append((fine_tuned.measure(training, 1e-3, 0, maps, fine_tuned.ALL, tmp_path / 'unfinished.pth'), seen))
     (ce, first), (asl, second), (_, third) = found
     count = 3 * fine_tuned.ALL.epochs
     assert all(torch.equal(one[0], same[0]) for one, same in zip(first[:count], second[:count], strict=True))
@@ -120,6 +120,17 @@ def test_trainings_are_paired(monkeypatch):
     straight = (images == x.float().flatten(1)).all(-1).any(-1)
     assert (straight | (images == x.float().flip(-1).flatten(1)).all(-1).any(-1)).all()
     assert 0.4 < straight.float().mean() < 0.6
+
+    # Interrupted in the third epoch, and repeated.
+    arguments = fine_tuned.Training('voc', frozen.ASL), 1e-3, 0, maps, fine_tuned.ALL, tmp_path / 'again.pth'
+    images_of, left = fine_tuned.images_of, iter(range(8))
+    with monkeypatch.context() as patch:
+        patch.setattr(fine_tuned, 'images_of', lambda *args: (next(left), images_of(*args))[1])
+        with pytest.raises(StopIteration):
+            fine_tuned.measure(*arguments)
+    seen.clear()
+    assert fine_tuned.measure(*arguments) == asl
+    assert torch.equal(seen[0][1], second[2 * 3][1]), 'it goes on after the second epoch'
 
 
 def test_label_shares():
