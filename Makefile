@@ -22,9 +22,10 @@ $(VENV)/.installed-cls: setup.py constraints.txt tools/setup_env.sh
 demo: setup-cls
 	$(PY) tools/demo.py
 
-# One torch thread for each worker: with more, two cores are slower. A file's fixtures are built once.
+# One torch thread for each worker: with more, two cores are slower. Fixtures of a file are built once. Files run in
+# their order: pytest-xdist would leave the longest ones for the end.
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow
