@@ -128,7 +128,7 @@ def promise(cfg: Config, args: argparse.Namespace) -> None:
                           'more images')
     others = np.full(len(safe), 0.5)
     if isinstance(head.loss_module, AsymmetricLoss):
-        others[:] = posterior_threshold(0.5, **calibration_settings(head.loss_module.cpu())).sigmoid()
+        others[:] = posterior_threshold(0.5, **calibration_settings(head.loss_module.cpu())).sigmoid().numpy()
     thresholds = np.where(safe, guarantee.thresholds, others).astype(np.float32)
     print(render_promise(p, labels, thresholds, safe, found.classes))
     without = [name for name, kept in zip(found.classes, safe) if not kept]

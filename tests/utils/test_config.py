@@ -1,5 +1,5 @@
 """Types of a config: names, scopes, dotted paths, classes and subclasses are the same to every tool."""
-from pathlib import Path
+from fractions import Fraction
 
 import mmengine
 import pytest
@@ -184,5 +184,5 @@ def test_names_for_mmdetections_inferencer():
     for kind in ('mmcv.LoadImageFromFile', loader, 'LoadImageFromFile', type('Mine', (loader, ), {})):
         assert name_type(ConfigDict(type=kind, to_float32=True), 'mmdet') == dict(
             type='LoadImageFromFile', to_float32=True)
-    assert name_type(ConfigDict(type=Path), 'mmdet') == dict(type='pathlib.Path')
+    assert name_type(ConfigDict(type=Fraction), 'mmdet') == dict(type='fractions.Fraction')
     assert name_type(ConfigDict(type='PackDetInputs'), 'mmdet') == dict(type='PackDetInputs')
