@@ -276,11 +276,11 @@ def kinds(name: str) -> set[str]:
 
 # All kinds of models and of data; the fast ones have most of them.
 FAST_STEPS = """
-    atss_asl_coco atss_asl_digits efficientnet-lite0_adaptive_corel5k fcos_asl_coco fcos_efficientnet-lite0_asl_voc
+    atss_asl_digits efficientnet-lite0_adaptive_corel5k fcos_asl_coco fcos_efficientnet-lite0_asl_voc
     mobilenet-v3_asl_digits_paper mobilenet-v3_ce_glyphs ofa595_paper_asl_coco tresnet-l_paper_asl-softmax_herbarium
     """.split()
 SLOW_STEPS = """
-    atss_tresnet-m_asl_coco efficientnet-lite0_adaptive_voc fcos_asl_digits fcos_tresnet-m_asl_coco
+    atss_asl_coco atss_tresnet-m_asl_coco efficientnet-lite0_adaptive_voc fcos_asl_digits fcos_tresnet-m_asl_coco
     resnet101_asl_nus-wide resnet101_asl_voc-from-coco resnet101_official_asl_coco resnet_adaptive_digits_hard
     resnet_ce_glyphs tresnet-l_paper_asl_herbarium tresnet-l_paper_asl_open-images-224 tresnet-xl_official_asl_voc
     tresnet_asl_digits_paper tresnet_ce_glyphs""".split()

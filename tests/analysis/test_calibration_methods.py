@@ -118,6 +118,7 @@ def test_range():
     assert format_range(torch.tensor([0.5, 0.68371])) == '0.500 to 0.684'
 
 
+@pytest.mark.slow
 def test_synthetic_task():
     predictions = synthesize(AsymmetricLoss(), 0, images=4000, classes=4, steps=300)
     (raw, exact, *_), _, labels = compare_calibration(predictions)

@@ -325,6 +325,7 @@ def test_words_of_the_rule():
     assert 'Beyond p* = 0.8' in said(dict(ASL, clip=torch.tensor([0.05, 0.05, 0.1, 0.1, 0.1])))
 
 
+@pytest.mark.slow
 def test_size_of_coco(tmp_path):
     """80 classes, 40,000 images, and thumbnails that do not compress."""
     pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)

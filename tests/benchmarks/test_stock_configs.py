@@ -95,8 +95,8 @@ def test_swap_of_a_classifier():
     assert cfg.model.head.loss == dict(type='mmasl.AsymmetricLoss', gamma_pos=0, gamma_neg=4, clip=0.05)
 
 
-@pytest.mark.parametrize('head', [
-    head if head == 'FCOSHead as RPN' else pytest.param(head, marks=pytest.mark.slow) for head in HEADS])
+@pytest.mark.slow
+@pytest.mark.parametrize('head', HEADS)
 def test_training_step(head):
     config, options, count = HEADS[head]
     cfg = stock(config)

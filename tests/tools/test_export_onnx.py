@@ -169,6 +169,7 @@ def test_a_model_that_makes_the_batch_size_a_constant(monkeypatch):
     assert logging.getLogger('torch.fx.experimental.symbolic_shapes').level == level
 
 
+@pytest.mark.slow
 def test_a_folder_in_the_layout_of_taggers(capsys):
     """Read as such programs do: labels and thresholds from the CSV file, the input by the steps of the JSON file."""
     from PIL import Image

@@ -153,11 +153,16 @@ def test_layers_that_do_not_exist(indices):
         OFA595(out_indices=indices)
 
 
-def test_trains_and_exports():
+def test_trains():
     model = OFA595(out_indices=(8, 22))
     model.init_weights()
     sum(output.square().mean() for output in model(torch.randn(2, 3, 32, 32))).backward()
     assert all(value.grad is not None and value.grad.isfinite().all() for value in model.parameters())
+
+
+@pytest.mark.slow
+def test_exports():
+    model = OFA595(out_indices=(8, 22))
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         exported = torch.export.export(model.eval(), (images, )).module()
