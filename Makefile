@@ -2,7 +2,7 @@
 VENV ?= .venv
 PY = $(VENV)/bin/python
 export VENV
-# Container images often set it. Without byte code, every process compiles what it imports again, for 15 seconds.
+# Container images often set it. Without byte code, every process compiles again what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup setup-cls demo test test-slow lint types docs benchmark gpu audit outdated

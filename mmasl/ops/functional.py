@@ -70,7 +70,7 @@ def pick_implementation(logits: Tensor, soft_label: str = 'mixture') -> str:
     return asked
 
 
-def _kernel_unavailable(logits: Tensor, soft_label: str) -> str:
+def _kernel_unavailable(logits: Tensor, soft_label: str = 'mixture') -> str:
     return _no_triton if triton_impl is None else triton_impl.unavailable_reason(logits, soft_label)
 
 
@@ -329,7 +329,9 @@ def scale_gradient(grad: Tensor, upstream: Tensor) -> Tensor:
     grad = grad.detach()
     if grad.device.type == 'cpu' and not upstream.dim() and upstream.item() == 1:
         return grad
-    if triton_impl is not None and not upstream.dim() and pick_implementation(grad) == 'triton':
+    asked = _asked['implementation']
+    by_kernel = grad.is_cuda if asked is None else asked == 'triton'
+    if by_kernel and not upstream.dim() and not _kernel_unavailable(grad):
         return triton_impl.scale_(grad, upstream)
     return grad.mul_(upstream)
 

@@ -53,7 +53,7 @@ def on_device(*args, **kwargs):
 
 @pytest.fixture(params=['eager', 'triton'], autouse=True)
 def implementation(request, monkeypatch):
-    monkeypatch.setattr(functional, 'pick_implementation', lambda logits, soft_label='': (
+    monkeypatch.setattr(functional, 'pick_implementation', lambda logits, soft_label: (
         'eager' if logits.dtype == torch.float64 or logits.is_meta else request.param))
     if DEVICE != 'cpu':
         monkeypatch.setattr(sys.modules[__name__], 'asymmetric_loss', on_device)

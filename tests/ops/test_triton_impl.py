@@ -135,6 +135,21 @@ def test_a_kernel_that_does_not_run_is_refused(unchecked, monkeypatch):
         pick_implementation(torch.zeros(1))
 
 
+@pytest.mark.parametrize('name, dtype, calls', [
+    ('triton', torch.float32, 1), ('eager', torch.float32, 0), ('inductor', torch.float64, 0)], ids=str)
+def test_a_gradient_is_scaled_by_the_implementation_that_is_asked_for(name, dtype, calls, monkeypatch):
+    seen, scale = [], triton_impl.scale_
+    monkeypatch.setattr(triton_impl, 'scale_', lambda *args: seen.append(args) or scale(*args))
+    logits, target = torch.randn(7, 5, dtype=dtype), torch.rand(7, 5, dtype=dtype)
+    plain, scaled = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    asymmetric_loss(plain, target, reduction='sum').backward()
+    loss = asymmetric_loss(scaled, target, reduction='sum')
+    with use_implementation(name):
+        (3 * loss).backward()
+    assert len(seen) == calls
+    assert_close(scaled.grad, 3 * plain.grad)
+
+
 def test_a_first_call_while_a_graph_is_captured(unchecked, monkeypatch):
     device = torch.device('cuda', 0)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
