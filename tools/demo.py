@@ -37,6 +37,9 @@ from mmasl.utils.markdown import markdown_table
 from mmasl.utils.tools import exit_on_user_error
 
 EPOCHS = 4  # of the classifiers: half of their configs', for a first table within minutes
+# A fifth to a quarter less time on CPUs, and the same results up to rounding.
+FAST: dict[str, object] = {
+    'default_hooks.channels_last.type': 'mmasl.ChannelsLastHook', 'optim_wrapper.optimizer.fused': True}
 LOSSES = {'bce': 'cross-entropy', 'focal': 'focal loss', 'asl': 'ASL'}
 IMAGES = 6  # in the picture of predictions
 LABEL_SCORE, BOX_SCORE, IOU = 0.5, 0.3, 0.5  # thresholds of a shown label, of a shown box, and of a correct box
@@ -44,13 +47,13 @@ LABEL_SCORE, BOX_SCORE, IOU = 0.5, 0.3, 0.5  # thresholds of a shown label, of a
 
 def digits_run(config: str) -> Run:
     """The run of ``tools/train.py configs/digits/CONFIG.py``."""
-    return Run(f'configs/digits/{config}.py', f'work_dirs/{config}')
+    return Run(f'configs/digits/{config}.py', f'work_dirs/{config}', placement=FAST)
 
 
 def classifier_run(loss: str) -> Run:
     """A shorter run, in a folder of its own, of ``configs/digits/resnet_LOSS_digits.py``."""
     name = f'resnet_{loss}_digits'
-    return Run(f'configs/digits/{name}.py', f'work_dirs/demo/{name}', {'train_cfg.max_epochs': EPOCHS})
+    return Run(f'configs/digits/{name}.py', f'work_dirs/demo/{name}', {'train_cfg.max_epochs': EPOCHS}, FAST)
 
 
 @exit_on_user_error()
