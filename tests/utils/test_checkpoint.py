@@ -289,6 +289,16 @@ def test_what_is_read_is_a_dict(tmp_path, content, message):
             read_checkpoint(tmp_path / 'a.pth')
 
 
+@pytest.mark.parametrize('others, kept', [(('cat', 'dog'), dict), (('dog', 'cat'), list)],
+                         ids=['of one list of names', 'of two'])
+def test_metainfo_of_joined_sets_is_that_of_the_first(tmp_path, others, kept):
+    """MMDetection's ConcatDataset has a list of them; its inferencer expects one."""
+    first = dict(classes=('cat', 'dog'), palette=[(1, 2, 3)])
+    torch.save(dict(meta=dict(dataset_meta=[first, dict(classes=others)]), state_dict={}), path := tmp_path / 'a.pth')
+    metainfo = read_checkpoint(path)['meta']['dataset_meta']
+    assert type(metainfo) is kept and (kept is list or metainfo == first)
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match=r'no such checkpoint: \S*none.pth'):
         read_checkpoint(tmp_path / 'none.pth')
