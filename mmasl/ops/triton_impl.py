@@ -54,7 +54,8 @@ def _unavailable_reason(device: torch.device, dtype: torch.dtype, soft_label: st
     with _disable_current_modes():  # of torch.compile and torch.export, which have no values
         reason = check(device, dtype, soft_label)
     if reason:
-        logging.getLogger('mmasl').warning('The Triton kernel is not used on %s for %s: %s', device, dtype, reason)
+        logging.getLogger('mmasl').warning('The Triton kernel is not used on %s for %s and soft_label=%r: %s', device,
+                                           dtype, soft_label, reason)
     _checked[device, dtype, soft_label] = reason
     return reason
 

@@ -112,7 +112,7 @@ def test_a_kernel_that_computes_something_else_is_refused(unchecked, monkeypatch
         pick_implementation(torch.zeros(1))
 
 
-def test_a_meaning_of_soft_labels_that_is_wrong_is_refused_alone(unchecked, monkeypatch):
+def test_a_meaning_of_soft_labels_that_is_wrong_is_refused_alone(unchecked, monkeypatch, caplog):
     run = triton_impl.run
 
     def wrong(problem, **kwargs):
@@ -122,6 +122,7 @@ def test_a_meaning_of_soft_labels_that_is_wrong_is_refused_alone(unchecked, monk
     monkeypatch.setattr(triton_impl, 'run', wrong)
     logits = torch.zeros(1)
     assert [kind for kind in SOFT_LABELS if triton_impl.unavailable_reason(logits, kind)] == ['mal']
+    assert "soft_label='mal'" in caplog.text
     with use_implementation('triton'), pytest.raises(UnavailableError, match='differs from the PyTorch formula'):
         asymmetric_loss(torch.zeros(1, 2), torch.zeros(1, 2), soft_label='mal')
 
