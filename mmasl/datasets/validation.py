@@ -48,20 +48,21 @@ def warn_classes(where: str, what: str, names: Collection[str]) -> None:
 
 # ------------------------------------------------------------------------------------------------------ built data sets
 
-def iter_base_datasets(dataset: Any) -> Iterator[BaseDataset]:
-    """Yield the data sets inside wrappers, or the data set itself.
+def iter_datasets(dataset: Any) -> Iterator[Any]:
+    """Yield the data sets inside wrappers, or the data set itself, which need not be a BaseDataset.
 
     A wrapper has data sets in any attribute, alone or in a list, as RepeatDataset, ConcatDataset, KFoldDataset and
     MultiImageMixDataset do.
     """
-    if isinstance(dataset, BaseDataset):
-        yield dataset
-        return
-    for name, value in getattr(dataset, '__dict__', {}).items():
+    inner: list[Any] = []
+    for name, value in () if isinstance(dataset, BaseDataset) else getattr(dataset, '__dict__', {}).items():
         values = value if isinstance(value, (list, tuple)) else [value]
         if name in ('dataset', 'datasets') or (values and _is_dataset(values[0])):
-            for inner in values:
-                yield from iter_base_datasets(inner)
+            inner += values
+    if not inner:
+        yield dataset
+    for part in inner:
+        yield from iter_datasets(part)
 
 
 def _is_dataset(value: Any) -> bool:
@@ -242,10 +243,10 @@ def require_depth(loader: LoadImageFromFile, path: str | None) -> None:
                             'images to 8 bits.')
 
 
-def missing_image_hint(dataset: BaseDataset) -> str:
+def missing_image_hint(dataset: Any) -> str:
     """What to do about images of a data set that are missing or unreadable."""
     hint = 'Restore them, or remove them from the annotation file'
-    return f'{hint}.' if dataset.test_mode else (
+    return f'{hint}.' if not isinstance(dataset, BaseDataset) or dataset.test_mode else (
         f"{hint}; to train without up to N images, set custom_hooks=[dict(type='mmasl.CheckDataHook', "
         'skip_unreadable=N)].')
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from mmcv.transforms import LoadImageFromFile
-from mmengine.dataset import BaseDataset, Compose
+from mmengine.dataset import BaseDataset
 from mmengine.dist import all_reduce
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook, Hook
@@ -27,7 +27,7 @@ from mmasl.datasets.validation import (
     check_samples,
     find_image_fault,
     first_few,
-    iter_base_datasets,
+    iter_datasets,
     missing_image_hint,
 )
 from mmasl.errors import ConfigError, NonFiniteError, UnreadableImageError
@@ -83,7 +83,7 @@ class CheckDataHook(Hook):
             raise ConfigError(f'max_samples={max_samples} must be a number of samples, 1 or more, or None')
         self.skip_unreadable = skip_unreadable
         self.max_samples = max_samples
-        self.skipped: list[tuple[BaseDataset, Tensor]] = []  # training sets, and which samples have been skipped
+        self.skipped: list[tuple[Any, Tensor]] = []  # training sets, and which samples have been skipped
 
     def before_run(self, runner: Runner) -> None:
         loops = {split: loop for split in ('train', 'val', 'test')
@@ -130,7 +130,9 @@ class CheckDataHook(Hook):
             parts = {f'{key}.datasets.{i}': part for i, part in enumerate(meta)} if isinstance(meta, list) else {
                 key: meta}
             classes |= {place: part['classes'] for place, part in parts.items() if part.get('classes')}
-            for inner in iter_base_datasets(dataset):
+            for inner in iter_datasets(dataset):
+                if not isinstance(inner, BaseDataset):
+                    continue
                 names = metainfo_classes(inner.metainfo)
                 check_samples(inner, len(names) if names else None, key, self._spare(split), self.max_samples)
                 self._sample_images(inner, key)
@@ -168,19 +170,21 @@ class CheckDataHook(Hook):
     def _guard_all(self, loops: dict[str, BaseLoop]) -> None:
         """Wrap every image loader of the pipelines in a :class:`GuardedLoader`, if it is not yet."""
         for split, loop in loops.items():
-            for dataset in iter_base_datasets(loop.dataloader.dataset):
-                pipeline = getattr(dataset, 'pipeline', None)
-                if not isinstance(pipeline, Compose) or not any(
-                        isinstance(x, LoadImageFromFile) for x in pipeline.transforms):
+            for dataset in iter_datasets(loop.dataloader.dataset):
+                pipeline: Any = getattr(dataset, 'pipeline', None)
+                transforms = getattr(pipeline, 'transforms', ())  # of MMEngine's Compose or MMCV's
+                if not any(isinstance(x, LoadImageFromFile) for x in transforms):
                     continue
                 known = [skipped for other, skipped in self.skipped if other is dataset]
                 skipped = known[0] if known else torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
                 warned = torch.zeros(1, dtype=torch.bool).share_memory_()
                 if split == 'train' and not known:
                     self.skipped.append((dataset, skipped))
+                # Only a BaseDataset replaces a sample whose pipeline returns None.
+                spare = self._spare(split) if isinstance(dataset, BaseDataset) else 0
                 pipeline.transforms = [
-                    GuardedLoader(x, self._spare(split), skipped, missing_image_hint(dataset), warned)
-                    if isinstance(x, LoadImageFromFile) else x for x in pipeline.transforms]
+                    GuardedLoader(x, spare, skipped, missing_image_hint(dataset), warned)
+                    if isinstance(x, LoadImageFromFile) else x for x in transforms]
 
 
 class _GuardAgain(Hook):

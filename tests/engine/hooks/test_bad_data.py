@@ -18,11 +18,12 @@ from mmengine.dataset import BaseDataset, Compose
 from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
+from mmpretrain.datasets import MultiTaskDataset
 from PIL import Image
 from torch import nn
 
 from mmasl.datasets import validation
-from mmasl.datasets.validation import check_same_classes, check_samples, iter_base_datasets
+from mmasl.datasets.validation import check_same_classes, check_samples, iter_datasets
 from mmasl.engine.hooks import checks
 from mmasl.engine.hooks.adaptive_asymmetry import AdaptiveAsymmetryHook
 from mmasl.engine.hooks.checks import (
@@ -605,6 +606,16 @@ def test_pipelines_that_a_hook_replaces_are_guarded_again():
     assert isinstance(loader, GuardedLoader) and loader.skipped is hook.skipped[0][1] and len(hook.skipped) == 1
 
 
+def test_an_image_of_a_data_set_of_another_kind_is_named(tmp_path):
+    """MMPretrain's MultiTaskDataset is no BaseDataset, and replaces no sample."""
+    content = dict(metainfo=dict(tasks=['a']), data_list=[dict(img_path='away.jpg', gt_label=dict(a=0))])
+    (tmp_path / 'tasks.json').write_text(json.dumps(content))
+    data = MultiTaskDataset('tasks.json', data_root=str(tmp_path), pipeline=[dict(type='LoadImageFromFile')])
+    CheckDataHook(skip_unreadable=2)._guard_all(dict(train=SimpleNamespace(dataloader=SimpleNamespace(dataset=data))))
+    with pytest.raises(UnreadableImageError, match=r'away.jpg cannot be read: there is no such file.*annotation file.$'):
+        data[0]
+
+
 def test_the_weights_are_checked_at_the_end_of_a_resumed_epoch():
     """Its batches are fewer and numbered from 0; the runner's iteration is of the whole training."""
     hook, model = CheckFiniteHook(), nn.Linear(1, 1)
@@ -698,10 +709,10 @@ def test_wrapped_data_sets_are_found():
     data = BaseDataset(lazy_init=True)
     other = BaseDataset(lazy_init=True)
     wrapped = SimpleNamespace(dataset=SimpleNamespace(datasets=[data, SimpleNamespace(dataset=other)]))
-    assert [id(x) for x in iter_base_datasets(wrapped)] == [id(data), id(other)]
+    assert [id(x) for x in iter_datasets(wrapped)] == [id(data), id(other)]
     unknown = SimpleNamespace(parts=[data, other], seed=3, rest=torch.utils.data.Subset(data, [0]))
-    assert [id(x) for x in iter_base_datasets(unknown)] == [id(data), id(other), id(data)]
-    assert not list(iter_base_datasets(object()))
+    assert [id(x) for x in iter_datasets(unknown)] == [id(data), id(other), id(data)]
+    assert list(iter_datasets(alone := object())) == [alone]
 
 
 def test_hooks_are_added_once():
