@@ -19,12 +19,12 @@ from mmengine.dataset import BaseDataset
 from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
 from mmengine.fileio import list_from_file
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, METRICS
+from mmengine.registry import DATASETS, METRICS, TRANSFORMS
 from PIL import Image
 from torch.utils.data import Dataset
 
 from mmasl.errors import ConfigError, DataError
-from mmasl.utils.config import iter_dataset_configs, iter_metric_configs, resolve_type
+from mmasl.utils.config import is_kind, iter_dataset_configs, iter_metric_configs, resolve_type
 
 from .annotation_files import (
     BOXES,
@@ -284,7 +284,8 @@ def check_annotation_files(cfg: Config, *splits: str) -> None:
         for place, (key, dataset) in enumerate(entries):
             kind = resolve_type(dataset.get('type'), DATASETS, scope)
             classes = _read_configured_classes(dataset, key)
-            path, training = _join(dataset, 'ann_file'), not dataset.get('test_mode')
+            path = _join(dataset, 'ann_file')
+            training = not dataset.get('test_mode') and not _is_unlabelled(dataset, scope)
             if classes is None:
                 classes = (getattr(kind, 'METAINFO', None) or {}).get('classes')
             if not os.path.isfile(path) or not classes:
@@ -306,6 +307,13 @@ def check_annotation_files(cfg: Config, *splits: str) -> None:
                 kind = resolve_type(metric.get('type'), METRICS, scope)
                 if not metric.get('format_only') and _stock(kind, 'CocoMetric', 'compute_metrics'):
                     check_evaluation_file(other, where)
+
+
+def _is_unlabelled(dataset: dict, scope: str | None) -> bool:
+    """Whether a data set gives images without labels to a training, as MMDetection's semi-supervised configs do."""
+    kind = getattr(sys.modules.get('mmdet.datasets.transforms'), 'LoadEmptyAnnotations', None)
+    return kind is not None and any(isinstance(step, dict) and is_kind(step.get('type'), kind, TRANSFORMS, scope)
+                                    for step in dataset.get('pipeline') or ())
 
 
 def _read_configured_classes(dataset: dict, key: str) -> Sequence[Any] | None:

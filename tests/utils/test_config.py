@@ -4,6 +4,7 @@ from fractions import Fraction
 import mmengine
 import pytest
 from mmdet.datasets import CocoDataset
+from mmdet.datasets.transforms import LoadEmptyAnnotations
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import EMAHook
 from mmengine.optim import AmpOptimWrapper, OneCycleLR, OptimWrapper
@@ -130,6 +131,21 @@ def test_files_of_every_coco_data_set_are_checked(kind, tmp_path):
     wrapped = dict(type='RepeatDataset', times=2, dataset=dict(type=Mixture, inner=data))
     cfg = Config(dict(default_scope='mmdet', train_dataloader=dict(dataset=wrapped)))
     with pytest.raises(DataError, match="(?i)class 0 of train_dataloader.dataset.dataset.inner is 'cat', but 'dog'"):
+        check_annotation_files(cfg, 'train')
+
+
+@pytest.mark.parametrize('content', [dict(annotations=[]), {}], ids=['no boxes', 'no annotations'])
+@pytest.mark.parametrize('kind', ['LoadEmptyAnnotations', 'mmdet.LoadEmptyAnnotations', LoadEmptyAnnotations])
+def test_unlabelled_images_of_a_semi_supervised_training(kind, content, tmp_path):
+    mmengine.dump(content | dict(images=[dict(id=0, file_name='a.jpg', width=9, height=9)],
+                                 categories=[dict(id=1, name='dog')]), str(file := tmp_path / 'a.json'))
+    data = dict(type='CocoDataset', ann_file=str(file), metainfo=dict(classes=('dog', )),
+                pipeline=[dict(type='LoadImageFromFile'), dict(type=kind)])
+    joined = dict(type='ConcatDataset', datasets=[data])
+    cfg = Config(dict(default_scope='mmdet', train_dataloader=dict(dataset=joined)))
+    check_annotation_files(cfg, 'train')
+    cfg.train_dataloader.dataset.datasets[0].pipeline[1].type = 'LoadAnnotations'
+    with pytest.raises(DataError, match="None of the 0 boxes|lacks .'annotations'."):
         check_annotation_files(cfg, 'train')
 
 
