@@ -235,6 +235,21 @@ def test_what_the_document_says_of_trained_layers():
     assert found.behind > 0.3 and found.chosen == asl
 
 
+def test_what_the_documents_say_of_the_whole_network():
+    ce, asl = (next(row for row in read_rows(fine_tuned.ALL.rows) if row['data'] == 'voc' and frozen.key(
+        frozen.describe('voc', setting)) == frozen.key(row)) for setting in (frozen.CE, frozen.ASL))
+    readme = ' '.join((frozen.ROOT / 'README.md').read_text().split())
+    assert f"does not tell them apart: {float(ce['mAP']):.1f} and {float(asl['mAP']):.1f} mAP" in readme
+    assert 0 < float(ce['mAP']) - float(asl['mAP']) < 0.15
+    last = {row['gamma_neg']: float(row['mAP']) for row in read_rows(fine_tuned.LAST.rows)
+            if row['data'] == 'voc' and row['lr'] == ce['lr'] and not row['recipe']}
+    for row in (ce, asl):
+        assert float(row['mAP']) < last[row['gamma_neg']]
+    for figure in ('CF1', 'OF1'):
+        assert float(asl[figure]) < float(ce[figure]) - 4
+        assert abs(float(asl[f'{figure}_calibrated']) - float(ce[figure])) < 1
+
+
 def test_what_the_document_says_of_reasons():
     found = {change: rows[0] for change, rows in render.reasons('voc-60').items()}
     asl, ce = found['(0, 4, 0.05)', ''], found['(0, 0, 0)', '']
