@@ -162,7 +162,8 @@ def read_coco_file(path: str, hint: str, rules: CocoRules = LABELS, decimals: bo
 
     Raises:
         DataError: The file does not exist, is damaged or of another kind; an entry lacks a key or has a wrong value
-            there; an image or category is repeated; or an annotation is of an unknown image or category.
+            there; an image or category is repeated, except for image files that MMDetection reads; or an annotation is
+            of an unknown image or category.
     """
     require_file(path, 'annotation file', hint)
     text, damaged = _decode(path, rules)
@@ -212,7 +213,7 @@ def _check(path: str, content: Any, rules: CocoRules, damaged: bool, hint: str) 
             if fault := _find_fault(entry, keys, damaged):
                 raise DataError(f'{path}: entry {number} of {group}, {str(entry)[:80]}, {fault}. {hint}')
         for key, name in (('id', 'id'), ('file_name', 'file')):
-            if key in keys:
+            if key in keys and not (key == 'file_name' and rules.strict):  # MMDetection reads a file more than once
                 require_unique([entry[key] for entry in entries], f'{path} lists {word} {name}')
     if rules.names:
         for category in content['categories']:

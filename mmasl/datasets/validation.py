@@ -401,6 +401,10 @@ def check_coco_file(path: str, classes: Sequence[str], key: str, filter_cfg: dic
         raise DataError(f'Class {index} of {key} is {classes[index]!r}, but {order[index]!r} in {path}. Set '
                         'metainfo=dict(classes=(...)) in the order of the file; CocoDataset numbers classes by it.')
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
+    names = Counter(image['file_name'] for image in content['images'])
+    if repeated := [name for name, times in names.items() if times > 1]:
+        print_log(f'{path} lists {len(repeated)} image files under several ids ({first_few(repeated)}). The objects of '
+                  'one entry are background in the others', 'current', logging.WARNING)
     known = {category['id']: category['name'] in classes for category in content['categories']}
     annotations = [ann for ann in content.get('annotations', ()) if not ann.get('ignore')]  # as CocoDataset
     used: set[Any] = set()

@@ -101,6 +101,18 @@ def test_what_the_stock_data_set_reads_is_read(change):
     assert labels() == [[0], [1], [2]]
 
 
+def test_an_image_file_under_several_ids(monkeypatch):
+    """MMDetection trains on each entry. As labels of one image they would contradict each other."""
+    said: list[str] = []
+    monkeypatch.setattr('mmasl.datasets.validation.print_log', lambda words, *_: said.append(words))
+    save(update(coco(), 'images', file_name='0.jpg'))
+    check()
+    assert len(stock()) == 3
+    assert len(said) == 1 and said[0].startswith('a.json lists 1 image files under several ids (0.jpg).')
+    with pytest.raises(DataError, match="a.json lists image file '0.jpg' 3 times"):
+        labels()
+
+
 @pytest.mark.parametrize('change, words', [
     (lambda x: update(x, 'annotations', image_id=str), "unknown image_id '0' .str, but the file has ids such as 0"),
     (lambda x: update(x, 'annotations', category_id=[1]), r'unknown category_id \[1\]'),
