@@ -401,8 +401,8 @@ def check_coco_file(path: str, classes: Sequence[str], key: str, filter_cfg: dic
         raise DataError(f'Class {index} of {key} is {classes[index]!r}, but {order[index]!r} in {path}. Set '
                         'metainfo=dict(classes=(...)) in the order of the file; CocoDataset numbers classes by it.')
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
-    names = Counter(image['file_name'] for image in content['images'])
-    if repeated := [name for name, times in names.items() if times > 1]:
+    files = Counter(image['file_name'] for image in content['images'])
+    if repeated := [file for file, times in files.items() if times > 1]:
         print_log(f'{path} lists {len(repeated)} image files under several ids ({first_few(repeated)}). The objects of '
                   'one entry are background in the others', 'current', logging.WARNING)
     known = {category['id']: category['name'] in classes for category in content['categories']}
@@ -423,6 +423,8 @@ def check_coco_file(path: str, classes: Sequence[str], key: str, filter_cfg: dic
     if not training:
         return
     annotated = {ann['image_id'] for ann in content['annotations'] if known[ann['category_id']]}
+    if not sizes:
+        raise DataError(f'{path} of {key} lists no images. Give the file of a data set.')
     if not any(min(size) >= filter_cfg.get('min_size', 0)
                and (image in annotated or not filter_cfg.get('filter_empty_gt')) for image, size in sizes.items()):
         raise DataError(f'filter_cfg={dict(filter_cfg)} of {key} removes all {len(sizes)} images of {path}. Correct '

@@ -114,6 +114,7 @@ def test_an_image_file_under_several_ids(monkeypatch):
 
 
 @pytest.mark.parametrize('change, words', [
+    (lambda x: [x[group].clear() for group in ('images', 'annotations')], 'a.json of data lists no images'),
     (lambda x: update(x, 'annotations', image_id=str), "unknown image_id '0' .str, but the file has ids such as 0"),
     (lambda x: update(x, 'annotations', category_id=[1]), r'unknown category_id \[1\]'),
     (lambda x: update(x, 'images', id=[1]), r'has id=\[1\], which is not a number or text'),
