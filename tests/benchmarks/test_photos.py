@@ -233,6 +233,8 @@ def test_what_the_document_says_of_trained_layers():
     assert at_rate['voc-60', '0.001', ce] - at_rate['voc-60', '0.001', asl] > 5
     found = render.agreements()['voc', 'frozen features', 'last stage']
     assert found.behind > 0.3 and found.chosen == asl
+    whole = render.agreements()['voc', 'frozen features', 'whole network']
+    assert f'{whole.behind:.1f}' == '0.1' and whole.chosen == asl
 
 
 def test_what_the_documents_say_of_the_whole_network():
