@@ -243,6 +243,8 @@ def test_what_the_documents_say_of_the_whole_network():
     readme = ' '.join((frozen.ROOT / 'README.md').read_text().split())
     assert f"does not tell them apart: {float(ce['mAP']):.1f} and {float(asl['mAP']):.1f} mAP" in readme
     assert 0 < float(ce['mAP']) - float(asl['mAP']) < 0.15
+    focal, = (row for row in read_rows(fine_tuned.ALL.rows) if row['data'] == 'voc' and row['gamma_pos'] == '2')
+    assert 0.85 < float(asl['mAP']) - float(focal['mAP']) < float(ce['mAP']) - float(focal['mAP']) < 1.05
     last = {row['gamma_neg']: float(row['mAP']) for row in read_rows(fine_tuned.LAST.rows)
             if row['data'] == 'voc' and row['lr'] == ce['lr'] and not row['recipe']}
     for row in (ce, asl):
