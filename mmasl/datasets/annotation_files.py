@@ -126,8 +126,8 @@ class CocoRules(NamedTuple):
             ``category_id`` besides.
         optional: Whether the list of annotations may be missing, as in ``image_info_test-dev2017.json``.
         names: Whether category names become text. Otherwise they stay as they are in the file.
-        strict: Whether the file must have the encoding of ``open``, as pycocotools reads it. Otherwise UTF-8 with a
-            byte order mark and UTF-16 are read too.
+        strict: Whether MMDetection and pycocotools read the file. It must have the encoding of ``open``, and may list
+            an image file under several ids. Otherwise UTF-8 with a byte order mark and UTF-16 are read too.
         utf8: Whether names must be UTF-8. Otherwise wrong bytes are replaced.
     """
     images: tuple[str, ...] = ('id', 'file_name')
@@ -213,7 +213,7 @@ def _check(path: str, content: Any, rules: CocoRules, damaged: bool, hint: str) 
             if fault := _find_fault(entry, keys, damaged):
                 raise DataError(f'{path}: entry {number} of {group}, {str(entry)[:80]}, {fault}. {hint}')
         for key, name in (('id', 'id'), ('file_name', 'file')):
-            if key in keys and not (key == 'file_name' and rules.strict):  # MMDetection reads a file more than once
+            if key in keys and (key == 'id' or not rules.strict):
                 require_unique([entry[key] for entry in entries], f'{path} lists {word} {name}')
     if rules.names:
         for category in content['categories']:

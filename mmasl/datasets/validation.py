@@ -385,7 +385,7 @@ def check_coco_file(path: str, classes: Sequence[str], key: str, filter_cfg: dic
 
     Raises:
         DataError: The file is damaged, has other classes or another order, repeats an id, annotates images or
-            categories that it does not list, has a box without ``area``, or has no box to train with.
+            categories that it does not list, has a box without ``area``, or has no image or no box to train with.
     """
     hint = 'Correct or remove it; CocoDataset would fail, or skip it silently.'
     content = read_coco_file(path, hint, BOXES._replace(optional=not training))
