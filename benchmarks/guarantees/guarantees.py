@@ -144,8 +144,8 @@ def fill_page(text: str) -> str:
 def predict_frozen(name: str, features: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Data:
     """Logits and labels of the test images, by a linear head with ASL and searched learning rate on frozen features."""
     (x, y), (x_test, y_test) = features['train'], features['test']
-    epochs = frozen.EPOCHS[name]
-    trial, _ = search(x, y, frozen.ASL, folds=frozen.FOLDS[name], epochs=epochs)
+    _, folds, epochs = frozen.SOURCES[name]
+    trial, _ = search(x, y, frozen.ASL, folds=folds, epochs=epochs)
     weights, biases = fit_heads(x, y, torch.arange(len(x))[None], frozen.ASL, [trial], epochs=epochs)
     return torch.addmm(biases[0, 0], x_test, weights[0, 0]).numpy(), y_test.numpy()
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmarks.photos import frozen  # noqa: E402
-from benchmarks.photos.frozen import ASL, CE, DATA, FOCAL, describe, load_config, remove_labels  # noqa: E402
+from benchmarks.photos.frozen import ASL, CE, DATA, FOCAL, SOURCES, describe, load_config, remove_labels  # noqa: E402
 from mmasl import AsymmetricLoss  # noqa: E402
 from mmasl.analysis.gradient import Setting  # noqa: E402
 from mmasl.analysis.probe import extract_features, score  # noqa: E402
@@ -108,7 +108,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--corel5k', default='data/corel5k', help='folder of Corel-5k (default: %(default)s)')
     parser.add_argument('--cache', type=Path, default=Path('work_dirs/photos/maps'),
                         help='folder of the inputs of the trained layers (default: %(default)s)')
-    parser.add_argument('--data', nargs='+', choices=DATA, default=list(DATA), help='data sets (default: all)')
+    parser.add_argument('--data', nargs='+', choices=SETS, default=SETS, help='data sets (default: all)')
     parser.add_argument('--lr', type=float, nargs='+', default=[1e-3, 3e-4, 3e-3], help='maximal learning rates')
     parser.add_argument('--trainings', type=int, help='run the first N of the plan only')
     parser.add_argument('--seeds', type=int, default=1)
@@ -121,12 +121,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     layers = LAYERS[args.layers]
     plan = [one for one in layers.plan[:args.trainings] if one.data in args.data]
     maps = {name: load_maps(name, getattr(args, name), args.cache, layers)
-            for name in dict.fromkeys(DATA[one.data].config for one in plan)}
+            for name in dict.fromkeys(DATA[one.data].source for one in plan)}
     rows = read_rows(layers.rows)
     for seed, lr, one in progress(list(product(range(args.seeds), args.lr, plan)), 'trainings'):
         columns = describe(one.data, one.setting) | dict(recipe=one.recipe, lr=f'{lr:g}', seed=str(seed))
         if not any(columns.items() <= row.items() for row in rows):
-            rows.append(columns | measure(one, lr, seed, maps[DATA[one.data].config], layers,
+            rows.append(columns | measure(one, lr, seed, maps[DATA[one.data].source], layers,
                                           args.cache / 'unfinished.pth'))
             write_rows(layers.rows, rows)
 
@@ -158,7 +158,7 @@ def compute_maps(model: Any, loader: Any, name: str, layers: Layers) -> tuple[Te
 def build(name: str, layers: Layers, seed: int) -> nn.Sequential:
     """The trained layers of the classifier of a data set, with ImageNet's weights and a new head."""
     torch.manual_seed(seed)
-    cfg = Config.fromfile(ROOT / 'configs' / 'photos' / f'efficientnet-lite0_bce_{name}.py')
+    cfg = Config.fromfile(ROOT / 'configs' / SOURCES[name].config)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model: Any = MODELS.build(cfg.model)
         model.init_weights()
@@ -177,7 +177,7 @@ def measure(one: Training, lr: float, seed: int, maps: dict[str, tuple[Tensor, T
     """Train, and evaluate on the test images. A file keeps the state of an interrupted training."""
     x, complete = maps['train']
     labels = remove_labels(complete, DATA[one.data].missing, seed)
-    model = train(build(DATA[one.data].config, layers, seed), one.setting, lr, x, labels, layers, RECIPES[one.recipe],
+    model = train(build(DATA[one.data].source, layers, seed), one.setting, lr, x, labels, layers, RECIPES[one.recipe],
                   unfinished, f'{layers.title}, {one}, lr {lr}, seed {seed}')
     figures = evaluate(predict(model, maps['test'][0]), maps['test'][1], one.setting)
     if layers.shares and DATA[one.data].missing:

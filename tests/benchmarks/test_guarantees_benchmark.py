@@ -52,8 +52,7 @@ def test_predictions_from_frozen_features(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 4, generator=generator)
     y = (x[:, :2] > 0.5).to(torch.int8)
-    monkeypatch.setitem(guarantees.frozen.EPOCHS, 'voc', 20)
-    monkeypatch.setitem(guarantees.frozen.FOLDS, 'voc', 2)
+    monkeypatch.setitem(guarantees.frozen.SOURCES, 'voc', guarantees.frozen.Source('', folds=2, epochs=20))
     logits, labels = guarantees.predict_frozen('voc', dict(train=(x[:200], y[:200]), test=(x[200:], y[200:])))
     assert logits.shape == (100, 2) and (labels == y[200:].numpy()).all()
     assert roc_auc(logits, labels).min() > 0.95

@@ -25,7 +25,7 @@ def make_features(count: int = 200, classes: int = 6) -> tuple[torch.Tensor, tor
 @pytest.fixture
 def measured(monkeypatch) -> dict[str, list[dict]]:
     """Rows of two settings without and with missing labels, and what the heads were trained on."""
-    monkeypatch.setitem(frozen.EPOCHS, 'voc', 2)
+    monkeypatch.setitem(frozen.SOURCES, 'voc', frozen.Source('', epochs=2))
     monkeypatch.setattr(frozen, 'REPETITIONS', 3)
     seen = []
     fit = frozen.fit_heads
