@@ -153,10 +153,14 @@ def merge_options(cfg: Config, options: dict[str, Any], path: str) -> None:
         path: File of the config, for the messages.
 
     Raises:
-        ConfigError: A key is misspelt, or the options do not fit the config.
+        ConfigError: A key is misspelt, a value is the text of a dict, or the options do not fit the config.
     """
     lists = set()
-    for option in options:
+    for option, value in options.items():
+        if 'dict(' in str(value):  # MMEngine reads numbers, texts and lists of them
+            raise ConfigError(f'--cfg-options {option}: {value} would stay text, because these values cannot be dicts. '
+                              f'Set its keys one by one, as in {option}.type=..., and those of a new list by their '
+                              f'numbers, as in {option}.0.type=...')
         node: Any = cfg
         parts = option.split('.')
         for place, part in enumerate(parts):
