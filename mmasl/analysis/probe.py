@@ -4,7 +4,7 @@ A head is a linear layer per class, as MultiLabelLinearClsHead has it. Heads of 
 and subsets of the images train side by side, because one head alone leaves a CPU idle.
 """
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -156,11 +156,14 @@ def search(features: Tensor, labels: Tensor, setting: Setting, trials: Sequence[
            epochs: int = EPOCHS, seed: int = 0) -> tuple[Trial, Scores]:
     """Cross-validate every trial of a setting, and select the one with the best mean mAP.
 
+    Then half and twice the learning rate of the best trial are tried, until neither is better. So the result does not
+    depend on where the grid ends, and settings whose best rates lie between its points are not at a disadvantage.
+
     Args:
         features: Float (N, D).
         labels: (N, C).
         setting: Parameters of the loss.
-        trials: Points of the search, the same for every setting that is to be compared.
+        trials: Points to begin with, the same for every setting that is to be compared.
         folds: Number of folds, at least 2. The folds depend on ``seed`` alone.
         epochs: Length of each training.
         seed: Seed of the folds and trainings.
@@ -173,8 +176,11 @@ def search(features: Tensor, labels: Tensor, setting: Setting, trials: Sequence[
     held_out = order[:len(order) // folds * folds].reshape(folds, -1)
     rows = torch.stack([torch.cat([held_out[other] for other in range(folds) if other != fold])
                         for fold in range(folds)])
-    fitted = fit_heads(features, labels, rows, setting, trials, epochs=epochs, seed=seed)
-    found = [score(torch.baddbmm(bias, features[held_out], weight), labels[held_out], setting)
-             for weight, bias in zip(*fitted)]
-    best = max(range(len(trials)), key=lambda place: found[place].map.mean())
-    return trials[best], found[best]
+    found: dict[Trial, Scores] = {}
+    while trials:
+        fitted = fit_heads(features, labels, rows, setting, trials, epochs=epochs, seed=seed)
+        found |= {trial: score(torch.baddbmm(bias, features[held_out], weight), labels[held_out], setting)
+                  for trial, weight, bias in zip(trials, *fitted)}
+        best = max(found, key=lambda trial: found[trial].map.mean())
+        trials = [near for factor in (0.5, 2) if (near := replace(best, lr=factor * best.lr)) not in found]
+    return best, found[best]

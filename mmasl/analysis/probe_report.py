@@ -64,8 +64,9 @@ def compare_settings(cfg: Config, config: str, images: int = 2000, minutes: floa
         if not found or time.monotonic() < start + 60 * minutes:
             found[name] = search(x, y, setting)
     yield (f'## Probe: linear heads on frozen features of {len(x):,} training images\n'
-           f'{FOLDS}-fold cross-validation, with {len(TRIALS)} learning rates and weight decays for each setting; '
-           'means over the folds with 95 % intervals. The last column is for these heads, not for your training.')
+           f'{FOLDS}-fold cross-validation, with {len(TRIALS)} learning rates and weight decays for each setting and '
+           'more rates around the best; means over the folds with 95 % intervals. The last column is for these heads, '
+           'not for your training.')
     best = max(found, key=lambda name: found[name][1].map.mean())
     yield describe(found, best)
     if left := [name for name in SETTINGS if name not in found]:

@@ -1,4 +1,5 @@
 """mmasl.analysis.probe: heads that train side by side are those of a plain loop; figures and search."""
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -74,21 +75,27 @@ def test_figures_are_those_of_the_metric():
 
 def test_search_selects_by_images_that_the_heads_have_not_seen(monkeypatch):
     x, y = make_data(62)
-    seen: list[torch.Tensor] = []
+    seen: list[tuple[torch.Tensor, Sequence[Trial]]] = []
     fit = probe.fit_heads
-    monkeypatch.setattr(probe, 'fit_heads', lambda x, y, rows, *args, **kwargs: (
-        seen.append(rows), fit(x, y, rows, *args, **kwargs))[1])
-    trials = (Trial(1e-4, 0.), Trial(1e-1, 0.))  # the first hardly learns
-    best, scores = search(x, y, ASL, trials, folds=4, epochs=5, seed=1)
-    rows, = seen
+    monkeypatch.setattr(probe, 'fit_heads', lambda x, y, rows, setting, trials, **kwargs: (
+        seen.append((rows, trials)), fit(x, y, rows, setting, trials, **kwargs))[1])
+    best, scores = search(x, y, ASL, (Trial(1e-4, 0.), Trial(1e-3, 0.)), folds=4, epochs=5, seed=1)
+    rows = seen[0][0]
     unseen = [sorted(set(range(62)) - set(row.tolist())) for row in rows]
     # Two images do not fill a fold; nobody sees them.
     assert rows.shape == (4, 45) and len(set(sum(unseen, []))) == 62
     spare = set.intersection(*map(set, unseen))
     held_out = [sorted(set(fold) - spare) for fold in unseen]
     assert len(spare) == 2 and sorted(sum(held_out, [])) == sorted(set(range(62)) - spare)
-    weights, biases = fit(x, y, rows, ASL, trials, epochs=5, seed=1)
-    expected = np.array([[100 * np.nanmean(average_precision((x[fold] @ weight + bias).numpy(), y[fold].numpy()))
-                          for fold, weight, bias in zip(held_out, *pair)] for pair in zip(weights, biases)])
-    assert best == trials[1] and expected[1].mean() > expected[0].mean() + 1
-    np.testing.assert_allclose(scores.map, expected[1], rtol=1e-6)
+    expected = {}
+    for same, trials in seen:
+        assert torch.equal(same, rows)
+        for trial, *pair in zip(trials, *fit(x, y, rows, ASL, trials, epochs=5, seed=1), strict=True):
+            expected[trial] = np.array([
+                100 * np.nanmean(average_precision((x[fold] @ weight + bias).numpy(), y[fold].numpy()))
+                for fold, weight, bias in zip(held_out, *pair)])
+    means = {trial.lr: values.mean() for trial, values in expected.items()}
+    assert means[best.lr] == max(means.values()) > means[1e-3] + 1, 'the grid ends too early'
+    assert {best.lr / 2, 2 * best.lr} < set(means) and max(means) == 2 * best.lr and sum(
+        len(trials) for _, trials in seen) == len(means), 'it goes on until neither is better, and repeats none'
+    np.testing.assert_allclose(scores.map, expected[best], rtol=1e-6)
