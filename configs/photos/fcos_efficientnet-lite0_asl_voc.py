@@ -15,4 +15,4 @@ model = dict(
             detach_focusing=False,
             loss_weight=1.0)))
 # p_t+, p_t- and their gap (Fig. 4), in the log.
-custom_hooks = [dict(type='mmasl.ProbabilityGapHook')]
+custom_hooks = [dict(type='mmasl.ProbabilityGapHook'), dict(type='mmasl.ChannelsLastHook')]

@@ -40,3 +40,5 @@ model = dict(
 
 optim_wrapper = dict(clip_grad=dict(max_norm=35.))
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=1))
+# Convolutions on a CPU are faster with the channels last.
+custom_hooks = [dict(type='mmasl.ChannelsLastHook')]

@@ -51,7 +51,7 @@ def best(row: Row, results: Results) -> Training:
 
 def shown(item: str, data: str, found: Iterable[Row]) -> tuple[str, ...]:
     """The scalars that a table has columns for."""
-    if data == 'digits' or item in CURVES or item == 'Table 13':
+    if data == 'digits' or item in CURVES or (item, data) == ('Table 13', 'real'):
         return SHOWN.get(item, ('mAP', 'CF1', 'gap'))
     columns = (entry.column for row in found if row.trainings for entry in row.entries)
     scalars = dict.fromkeys(COLUMNS[column] for column in columns if column in COLUMNS) or ('mAP', )

@@ -91,8 +91,8 @@ def scalars(run: Run) -> dict[str, str]:
     """The last evaluation of a run in percent, and means over the end of its training."""
     last, steps = run.evaluations()[-1], run.training()
     values: dict[str, Any] = {
-        key.split('/')[-1]: value * (100 if key.startswith('coco/') else 1) for key, value in last.items()
-        if '/' in key and isinstance(value, (int, float))}
+        key.split('/')[-1]: value * (100 if key.startswith(('coco/', 'pascal_voc/')) else 1)
+        for key, value in last.items() if '/' in key and isinstance(value, (int, float))}
     end = training_end(steps)
     for name in ('p_t_pos', 'p_t_neg', 'gap'):
         if end and name in end[-1]:

@@ -146,7 +146,8 @@ class Run:
         if evaluations := self.evaluations():
             last = evaluations[-1]
             text += ''.join(f'  {key.split("/")[1]} {last[key]:.3g}'
-                            for key in ('multi-label/mAP', 'coco/bbox_mAP', 'accuracy/top1') if key in last)
+                            for key in ('multi-label/mAP', 'coco/bbox_mAP', 'pascal_voc/mAP', 'accuracy/top1')
+                            if key in last)
         return text
 
     def epochs_done(self) -> float | None:

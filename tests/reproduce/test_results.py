@@ -16,7 +16,8 @@ def run(tmp_path, monkeypatch):
     steps = [dict(iter=step, step=step, p_t_pos=0.6, p_t_neg=0.6 - min(0.1, 0.0051 * step), gap=min(0.1, 0.0051 * step),
                   gamma_neg=step / 100) for step in range(1, 101)]
     evaluations = [{'step': 1, 'multi-label/mAP': 50.},
-                   {'step': 2, 'multi-label/mAP': 81.234, 'coco/bbox_mAP': 0.76543, 'time': 1.}]
+                   {'step': 2, 'multi-label/mAP': 81.234, 'coco/bbox_mAP': 0.76543, 'pascal_voc/AP50': 0.5,
+                    'time': 1.}]
     (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, [*steps, *evaluations])))
     (tmp_path / 'config.py').write_text("custom_hooks = [dict(type='mmasl.AdaptiveAsymmetryHook', target=0.1)]\n")
     return Run(str(tmp_path / 'config.py'), str(tmp_path / 'run'))
@@ -24,8 +25,8 @@ def run(tmp_path, monkeypatch):
 
 def test_scalars(run):
     assert scalars(run) == dict(
-        mAP='81.23', bbox_mAP='76.54', train_p_t_pos='0.6', train_p_t_neg='0.5', train_gap='0.1', gamma_neg='0.995',
-        reached='16')  # at 0.08, within 0.02 of the target
+        mAP='81.23', bbox_mAP='76.54', AP50='50', train_p_t_pos='0.6', train_p_t_neg='0.5', train_gap='0.1',
+        gamma_neg='0.995', reached='16')  # at 0.08, within 0.02 of the target
 
 
 def test_curve(run):
