@@ -96,8 +96,8 @@ LAST = Layers('last stage', 6, 8, False, True, (
     *(Training('voc-60', ASL, recipe) for recipe in ('loss x 64', 'no weight decay')),
     *(Training(data, setting) for setting in (CONSTANT, MARGIN, Setting(1, 4, 0)) for data in SETS)))
 ALL = Layers('whole network', 0, 6, True, False, (
-    *(Training('voc', setting) for setting in (CE, ASL, MILD, FOCAL)),
-    *(Training('voc-60', setting) for setting in (CE, ASL, MILD)),
+    *(Training('voc', setting) for setting in (ASL, CE, MILD, FOCAL)),
+    *(Training('voc-60', setting) for setting in (ASL, CE, MILD)),
     *(Training('corel5k', setting) for setting in (CE, ASL))))
 LAYERS = dict(last=LAST, all=ALL)
 KINDS = ('annotated', 'removed', 'absent')  # of labels
