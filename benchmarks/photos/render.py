@@ -2,6 +2,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +12,20 @@ from scipy.stats import spearmanr
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmarks.photos import fine_tuned  # noqa: E402
-from benchmarks.photos.frozen import ASL, CE, DATA, DOC, PICTURE, ROWS, describe, key  # noqa: E402
+from benchmarks.photos.fine_tuned import MILD, RATES  # noqa: E402
+from benchmarks.photos.frozen import ASL, CE, DATA, DOC, FOCAL, PICTURE, ROWS, SETTINGS, describe, key  # noqa: E402
+from mmasl.analysis import probe_report  # noqa: E402
+from mmasl.analysis.gradient import Setting  # noqa: E402
+from mmasl.reproduce import experiments  # noqa: E402
+from mmasl.reproduce.results import Results  # noqa: E402
 from mmasl.reproduce.runs import read_rows  # noqa: E402
 from mmasl.utils.markdown import fill_blocks, markdown_table  # noqa: E402
 from mmasl.utils.statistics import interval  # noqa: E402
 
 Column = dict[str, np.ndarray]  # values of a setting by figure, one for each repetition
+RATES_PICTURE = PICTURE.with_name('rates.png')
+TITLES = {CE: 'cross-entropy', FOCAL: 'focal loss (2, 2, 0)', MILD: '(0, 2, 0)', ASL: 'ASL (0, 4, 0.05)'}
+USUAL = {key(describe('', setting))[1:] for setting in SETTINGS[:6]}  # the rows of the tables
 FIGURES = ('mAP', 'frequent', 'middle', 'rare', 'CF1', 'OF1', 'CF1_calibrated', 'OF1_calibrated')
 
 
@@ -47,10 +56,11 @@ def cross_entropy(columns: dict[tuple[str, ...], Column]) -> Column:
 
 
 def table(data: str) -> str:
-    """The settings of a data set, the best first."""
+    """The usual settings on a data set and the best one of all, the best first."""
     columns = read_columns(data)
+    ranked = sorted(columns, key=lambda one: -columns[one]['mAP'].mean())
     lines = []
-    for setting in sorted(columns, key=lambda one: -columns[one]['mAP'].mean()):
+    for setting in (one for one in ranked if one in (*USUAL, ranked[0])):
         column = columns[setting]
         mean, half = interval(column['mAP'])
         difference = against(column, cross_entropy(columns))
@@ -87,15 +97,34 @@ def draw() -> None:
 
 
 def trained_table(what: str) -> str:
-    """The settings that trained layers, the best first; ``what`` is 'LAYERS, DATA'."""
+    """The settings that trained layers at their learning rates, the best first; ``what`` is 'LAYERS, DATA'."""
     layers, data = what.split(', ')
+    chosen = chosen_rates(layers, data)
     figures = ('mAP', 'CF1', 'OF1', 'CF1_calibrated', 'OF1_calibrated')
     found: dict[tuple[str, ...], list[list[float]]] = {}
     for row in trained_rows(layers, data):
-        found.setdefault((name(key(row)[1:]), row['lr']), []).append([float(row[figure]) for figure in figures])
-    lines = [[*which, len(values), *(f'{mean:.1f}' for mean in np.mean(values, 0))]
-             for which, values in sorted(found.items(), key=lambda item: -np.mean(item[1], 0)[0])]
-    return markdown_table(lines, ['setting', 'learning rate', 'seeds', *(one.replace('_', ', ') for one in figures)])
+        if chosen.get(key(row)[1:]) == float(row['lr']):
+            found.setdefault(key(row)[1:], []).append([float(row[figure]) for figure in figures])
+    rates = scores_by_rate(layers, data)
+    lines = [[name(setting), f'{chosen[setting]:g}', ', '.join(f'{rate:g}' for rate in sorted(rates[setting])),
+              len(values), f'{means[0]:.1f}', against_cross_entropy(layers, data).get(setting, ''),
+              *(f'{mean:.1f}' for mean in means[1:])]
+             for setting, values in found.items() for means in [np.mean(values, 0)]]
+    lines.sort(key=lambda line: -float(line[4]))
+    return markdown_table(lines, ['setting', 'learning rate', 'rates tried', 'seeds', 'mAP', 'against cross-entropy',
+                                  *(one.replace('_', ', ') for one in figures[1:])])
+
+
+def against_cross_entropy(layers: str, data: str) -> dict[tuple[str, ...], str]:
+    """Difference in mAP of each setting to cross-entropy on the same seeds, with its 95 % interval if there are two."""
+    rates, chosen = scores_by_rate(layers, data), chosen_rates(layers, data)
+    baseline = key(describe('', CE))[1:]
+    found = {}
+    for setting in set(chosen) - {baseline} if baseline in chosen else ():
+        mean, half = interval([one - other for one, other in zip(
+            rates[setting][chosen[setting]], rates[baseline][chosen[baseline]])])
+        found[setting] = f'{mean:+.1f}' + ('' if np.isnan(half) else f' ± {half:.1f}')
+    return found
 
 
 def trained_rows(layers: str, data: str) -> list[dict[str, str]]:
@@ -104,20 +133,80 @@ def trained_rows(layers: str, data: str) -> list[dict[str, str]]:
 
 
 def trained_scores(layers: str, data: str) -> dict[tuple[str, ...], float]:
-    """mAP of each setting that trained layers: mean over the seeds, at its best learning rate.
+    """mAP of each setting that trained layers: mean over the seeds, at its learning rate."""
+    rates = scores_by_rate(layers, data)
+    return {setting: float(np.mean(rates[setting][rate])) for setting, rate in chosen_rates(layers, data).items()}
 
-    A learning rate counts if all settings have it.
+
+def chosen_rates(layers: str, data: str) -> dict[tuple[str, ...], float]:
+    """The learning rate of each setting, the best one with seed 0.
+
+    Settings whose search is finished count. Without two of them, all do, at the learning rates that all have.
     """
-    found: dict[tuple[str, ...], dict[str, list[float]]] = {}
-    for row in trained_rows(layers, data):
-        found.setdefault(key(row)[1:], {}).setdefault(row['lr'], []).append(float(row['mAP']))
-    common = set.intersection(*map(set, found.values())) if found else ()
-    return {setting: max(float(np.mean(by_rate[rate])) for rate in common) for setting, by_rate in found.items()}
+    rates = scores_by_rate(layers, data)
+    finished = {setting: best_rate(by_rate) for setting, by_rate in rates.items() if is_searched(by_rate)}
+    if len(finished) > 1:
+        return finished
+    common = set.intersection(*map(set, rates.values())) if rates else set()
+    return {setting: best_rate({rate: by_rate[rate] for rate in common})
+            for setting, by_rate in rates.items() if common}
+
+
+def scores_by_rate(layers: str, data: str) -> dict[tuple[str, ...], dict[float, list[float]]]:
+    """mAP of each setting by learning rate, one for each seed."""
+    found: dict[tuple[str, ...], dict[float, list[float]]] = {}
+    for row in sorted(trained_rows(layers, data), key=lambda row: int(row['seed'])):
+        found.setdefault(key(row)[1:], {}).setdefault(float(row['lr']), []).append(float(row['mAP']))
+    return found
+
+
+def best_rate(by_rate: dict[float, list[float]]) -> float:
+    return max(by_rate, key=lambda rate: by_rate[rate][0])
+
+
+def is_searched(by_rate: dict[float, list[float]]) -> bool:
+    """Whether the learning rates beside the best one have been tried."""
+    place = RATES.index(best_rate(by_rate))
+    return set(RATES[max(place - 1, 0):place + 2]) <= set(by_rate)
+
+
+def draw_rates() -> None:
+    """mAP against the learning rate of the last stage, for the main settings on every data set."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    found = {data: rates for data in DATA if (rates := scores_by_rate('last', data))}
+    figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.2), sharex=True, layout='constrained')
+    for axis, (data, rates) in zip(axes, found.items(), strict=True):
+        for color, (setting, title) in enumerate(TITLES.items()):
+            points = sorted((rate, values[0]) for rate, values in rates.get(key(describe('', setting))[1:], {}).items())
+            axis.plot(*zip(*points), color=f'C{color}', marker='o', markersize=4, label=title)
+        axis.set(xscale='log', xlabel='learning rate')
+        axis.set_title(DATA[data].title, fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel('mAP [%]')
+    axes[-1].legend(fontsize=8)
+    figure.savefig(RATES_PICTURE, dpi=110)
+    plt.close(figure)
+
+
+def digits_scores() -> dict[tuple[str, ...], float]:
+    """mAP of each setting that docs/reproduce.md trained on the harder digits: mean over the seeds."""
+    trained = Results(ROOT / 'benchmarks' / 'paper', 'digits')
+    found = {}
+    for item in ('Table 2', 'Fig. 5', 'Fig. 6', 'Fig. 7'):
+        for training in (one for row in experiments.rows(item, 'digits') for one in row.trainings):
+            loss = training.cfg.model.head.loss
+            setting = Setting(**{field.name: loss.get(field.name) for field in fields(Setting)})
+            found[key(describe('', setting))[1:]] = float(np.mean(list(trained.scores(training, 'mAP').values())))
+    return found
 
 
 def searched_scores(data: str) -> dict[tuple[str, ...], float]:
-    """mAP of each setting in the search on frozen features, as a user sees it."""
-    return {key(row)[1:]: float(row['search_mAP']) for row in read_rows(ROWS) if row['data'] == data}
+    """mAP in the search on frozen features, as a user of ``--probe`` sees it, of each setting that it compares."""
+    probed = {key(describe('', setting))[1:] for setting in probe_report.SETTINGS.values()}
+    return {key(row)[1:]: float(row['search_mAP']) for row in read_rows(ROWS)
+            if row['data'] == data and key(row)[1:] in probed}
 
 
 class Agreement(NamedTuple):
@@ -146,50 +235,40 @@ def agreement(predicted: dict[tuple[str, ...], float], trained: dict[tuple[str, 
                      best - trained[key(describe('', ASL))[1:]])
 
 
-def agreements() -> dict[tuple[str, str, str], Agreement]:
-    """By data set, prediction and trained layers, what has at least two settings in common."""
+def agreements() -> dict[tuple[str, str], Agreement]:
+    """By data set and trained layers, how far the search on frozen features predicts them."""
     found = {}
     for data in DATA:
-        last, network = (trained_scores(layers, data) for layers in ('last', 'all'))
-        frozen = searched_scores(data)
-        for names, predicted, trained in ((('frozen features', fine_tuned.LAST.title), frozen, last),
-                                          (('frozen features', fine_tuned.ALL.title), frozen, network),
-                                          ((fine_tuned.LAST.title, fine_tuned.ALL.title), last, network)):
+        predicted = searched_scores(data)
+        for layers in fine_tuned.LAYERS:
+            trained = digits_scores() if (data, layers) == ('digits_hard', 'all') else trained_scores(layers, data)
             if len(set(predicted) & set(trained)) > 1:
-                found[data, *names] = agreement(predicted, trained)
+                found[data, layers] = agreement(predicted, trained)
     return found
 
 
 def agreement_table(_: str) -> str:
-    lines = [[DATA[data].title, prediction, layers, one.settings, f'{one.correlation:.2f}', name(one.chosen),
-              f'{one.behind:.1f}', f'{one.default:.1f}'] for (data, prediction, layers), one in agreements().items()]
-    return markdown_table(lines, ['data', 'prediction', 'trained', 'settings', 'rank correlation', 'chosen',
-                                  'mAP behind the best', 'ASL (0, 4, 0.05) behind the best'])
+    lines = [[DATA[data].title, fine_tuned.LAYERS[layers].title, one.settings, f'{one.correlation:.2f}',
+              name(one.chosen), f'{one.behind:.1f}', f'{one.default:.1f}']
+             for (data, layers), one in agreements().items()]
+    return markdown_table(lines, ['data', 'trained', 'settings', 'rank correlation', 'chosen', 'mAP behind the best',
+                                  'ASL (0, 4, 0.05) behind the best'])
 
 
-def reasons(data: str) -> dict[tuple[str, str], list[dict[str, str]]]:
-    """The rows of the last stage with shares of the gradient, at the learning rate of all, by setting and recipe."""
-    found: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in read_rows(fine_tuned.LAST.rows):
-        if (row['data'], row['lr']) == (data, '0.001') and row['p_annotated']:
-            found.setdefault((name(key(row)[1:]), row['recipe']), []).append(row)
-    return found
+def reasons(data: str) -> dict[tuple[str, str, str], dict[str, float]]:
+    """The rows of the last stage with shares of the gradient, of seed 0, by setting, recipe and learning rate."""
+    figures = ('mAP', *(f'{kind}_{part}' for kind in ('p', 'gradient') for part in fine_tuned.KINDS))
+    return {(name(key(row)[1:]), row['recipe'], row['lr']): {figure: float(row[figure]) for figure in figures}
+            for row in read_rows(fine_tuned.LAST.rows)
+            if (row['data'], row['seed']) == (data, '0') and row['p_annotated']}
 
 
 def reasons_table(data: str) -> str:
-    """What each change does to mAP, and to the gradient of the removed labels; the best first."""
-    found = reasons(data)
-    usual = {row['seed']: float(row['mAP']) for row in found[name(key(describe('', ASL))[1:]), '']}
-    lines = []
-    for (setting, recipe), rows in found.items():
-        means = {figure: np.mean([float(row[figure]) for row in rows])
-                 for figure in ('mAP', *(f'{what}_{kind}' for what in ('p', 'gradient') for kind in fine_tuned.KINDS))}
-        change = np.mean([float(row['mAP']) - usual[row['seed']] for row in rows])
-        lines.append([setting, recipe, len(rows), f'{means["mAP"]:.1f}', f'{change:+.1f}', *(
-            f'{means[f"p_{kind}"]:.2f}' for kind in fine_tuned.KINDS), *(
-            f'{means[f"gradient_{kind}"]:.0f} %' for kind in fine_tuned.KINDS)])
-    lines.sort(key=lambda line: -float(line[3]))
-    return markdown_table(lines, ['setting', 'change of the recipe', 'seeds', 'mAP', 'against ASL', *(
+    """What the learning rate and each change do to mAP, to the probabilities and to the gradient; the best first."""
+    lines = [[*what, f'{row["mAP"]:.1f}', *(f'{row[f"p_{kind}"]:.2f}' for kind in fine_tuned.KINDS),
+              *(f'{row[f"gradient_{kind}"]:.0f} %' for kind in fine_tuned.KINDS)]
+             for what, row in sorted(reasons(data).items(), key=lambda item: -item[1]['mAP'])]
+    return markdown_table(lines, ['setting', 'change of the recipe', 'learning rate', 'mAP', *(
         f'{what}, {kind}' for what in ('p', 'gradient') for kind in fine_tuned.KINDS)])
 
 
@@ -202,6 +281,7 @@ def page(text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
     draw()
+    draw_rates()
     DOC.write_text(page(DOC.read_text()))
 
 
