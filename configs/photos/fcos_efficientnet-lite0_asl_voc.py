@@ -14,5 +14,5 @@ model = dict(
             alpha=0.25,
             detach_focusing=False,
             loss_weight=1.0)))
-# p_t+, p_t- and their gap (Fig. 4), in the log.
-custom_hooks = [dict(type='mmasl.ProbabilityGapHook'), dict(type='mmasl.ChannelsLastHook')]
+# Its sister's hook, and p_t+, p_t- and their gap (Fig. 4) in the log.
+custom_hooks = [dict(type='mmasl.ChannelsLastHook'), dict(type='mmasl.ProbabilityGapHook')]
