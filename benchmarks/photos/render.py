@@ -133,9 +133,11 @@ def trained_rows(layers: str, data: str) -> list[dict[str, str]]:
 
 
 def trained_scores(layers: str, data: str) -> dict[tuple[str, ...], float]:
-    """mAP of each setting that trained layers: mean over the seeds, at its learning rate."""
+    """mAP of each setting that trained layers at its learning rate: mean over the seeds that all settings have."""
     rates = scores_by_rate(layers, data)
-    return {setting: float(np.mean(rates[setting][rate])) for setting, rate in chosen_rates(layers, data).items()}
+    found = {setting: rates[setting][rate] for setting, rate in chosen_rates(layers, data).items()}
+    common = min(map(len, found.values()), default=0)
+    return {setting: float(np.mean(values[:common])) for setting, values in found.items()}
 
 
 def chosen_rates(layers: str, data: str) -> dict[tuple[str, ...], float]:

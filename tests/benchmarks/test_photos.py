@@ -168,13 +168,15 @@ def test_settings_count_at_their_best_learning_rate(monkeypatch):
             row(frozen.ASL, '0.001', '0', '75'), row(frozen.ASL, '0.0006', '0', '60')]
     monkeypatch.setattr(render, 'read_rows', lambda path: rows)
     ce, asl = (frozen.key(row)[1:] for row in (rows[0], rows[-1]))
-    assert render.trained_scores('all', 'voc') == {ce: 71, asl: 75}, 'at the rate that both have'
+    assert render.trained_scores('all', 'voc') == {ce: 70, asl: 75}, 'at the rate and with the seed that both have'
     found = render.agreement({ce: 3., asl: 1.}, render.trained_scores('all', 'voc'))
-    assert found == render.Agreement(2, pytest.approx(-1), ce, 4, 0)
-    # The searches end: the best rate of seed 0 counts, with all its seeds.
+    assert found == render.Agreement(2, pytest.approx(-1), ce, 5, 0)
+    # The searches end: the best rate of seed 0 counts, with the seeds that both have.
     rows += [row(frozen.ASL, '0.002', '0', '74'), row(frozen.CE, '0.003', '0', '60'),
              row(frozen.CE, '0.002', '1', '80')]
-    assert render.trained_scores('all', 'voc') == {ce: 85, asl: 75}
+    assert render.trained_scores('all', 'voc') == {ce: 90, asl: 75}
+    rows.append(row(frozen.ASL, '0.001', '1', '77'))
+    assert render.trained_scores('all', 'voc') == {ce: 85, asl: 76}
 
 
 def test_committed_rows_are_complete():
@@ -210,7 +212,8 @@ def searched_rate(data: str, *setting: float) -> float:
     return next(float(row['lr']) for row in read_rows(frozen.ROWS) if frozen.key(row) == wanted)
 
 
-CE, MILD, ASL = (frozen.key(frozen.describe('', setting))[1:] for setting in (frozen.CE, fine_tuned.MILD, frozen.ASL))
+CE, MILD, ASL = (
+    frozen.key(frozen.describe('', setting))[1:] for setting in (frozen.CE, fine_tuned.MILD, frozen.ASL))
 
 
 def last_stage(data: str, setting: tuple[str, ...], lr: float) -> float:
@@ -263,6 +266,9 @@ def test_what_the_documents_say_of_frozen_features():
         assert part.format(**{data: f'{mean:.1f}' for data, (mean, _) in leads.items()}) in page
     for data in ('voc', 'voc-60', 'corel5k'):
         assert '{:+.2f} ± {:.2f}'.format(*leads[data]) in readme
+    best = {data: max(found, key=lambda one: found[one]['mAP'].mean()) for data in ('voc', 'voc-60', 'corel5k')
+            for found in [render.read_columns(data)]}
+    assert best == {'voc': ASL, 'voc-60': ASL, 'corel5k': frozen.key(frozen.describe('', Setting(0, 7, 0.05)))[1:]}
 
 
 def test_what_the_documents_say_of_the_last_stage():
@@ -273,6 +279,8 @@ def test_what_the_documents_say_of_the_last_stage():
     for data in fine_tuned.SETS:
         assert {len(render.scores_by_rate('last', data)[one][render.chosen_rates('last', data)[one]])
                 for one in (CE, ASL)} == {3}
+    mild = [render.trained_scores('last', data) for data in fine_tuned.SETS]
+    assert all(scores[MILD] > scores[CE] - 0.1 for scores in mild)
     cf1 = [np.mean([float(row['CF1']) for row in render.trained_rows('last', 'voc-60') if frozen.key(row)[1:] == one
                     and float(row['lr']) == render.chosen_rates('last', 'voc-60')[one]]) for one in (ASL, CE)]
     assert 2.5 < cf1[0] / cf1[1] < 3
@@ -281,7 +289,7 @@ def test_what_the_documents_say_of_the_last_stage():
 def test_what_the_document_says_of_the_probe():
     found = {which: (f'{one.behind:.1f}', one.chosen) for which, one in render.agreements().items()}
     assert float(found['voc', 'last'][0]) < 0.3 and float(found['voc', 'all'][0]) < 0.3
-    assert found['corel5k', 'last'] == ('0.8', ASL) and found['voc-60', 'last'] == ('1.0', CE)
+    assert found['corel5k', 'last'] == ('0.5', ASL) and found['voc-60', 'last'] == ('1.9', CE)
     assert found['digits_hard', 'all'][0] == '0.0' and abs(render.agreements()['digits_hard', 'all'].correlation) < 0.1
     searched = render.searched_scores('voc-60')
     assert searched[CE] > searched[ASL] and lead('voc-60', 0, 4, 0.05) == 1
