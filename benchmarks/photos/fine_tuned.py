@@ -8,7 +8,7 @@ finished rows and epochs are kept.
 import argparse
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -113,7 +113,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--cache', type=Path, default=Path('work_dirs/photos/maps'),
                         help='folder of the inputs of the trained layers (default: %(default)s)')
     parser.add_argument('--data', nargs='+', choices=SETS, default=SETS, help='data sets (default: all)')
-    parser.add_argument('--lr', type=float, nargs='+', help='maximal learning rates (default: searched)')
+    parser.add_argument('--lr', type=float, nargs='+', choices=RATES, help='maximal learning rates (default: searched)')
     parser.add_argument('--trainings', type=int, help='run the first N of the plan only')
     parser.add_argument('--seeds', type=int, default=1)
     return parser.parse_args(argv)
@@ -128,37 +128,43 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in dict.fromkeys(DATA[one.data].source for one in plan)}
     rows = read_rows(layers.rows)
     for seed, one in progress(list(product(range(args.seeds), plan)), 'settings'):
-        scores: dict[float, float] = {}  # mAP by learning rate
-        for lr in args.lr or learning_rates(one, seed, rows, scores):
+        while (lr := next_rate(one, seed, rows, args.lr)) is not None:
             columns = describe(one.data, one.setting) | dict(recipe=one.recipe, lr=f'{lr:g}', seed=str(seed))
-            known = [row for row in rows if columns.items() <= row.items()]
-            if not known:
-                known = [columns | measure(one, lr, seed, maps[DATA[one.data].source], layers,
-                                           args.cache / 'unfinished.pth')]
-                rows += known
-                write_rows(layers.rows, rows)
-            scores[lr] = float(known[0]['mAP'])
+            rows.append(columns | measure(one, lr, seed, maps[DATA[one.data].source], layers,
+                                          args.cache / 'unfinished.pth'))
+            write_rows(layers.rows, rows)
 
 
-def learning_rates(one: Training, seed: int, rows: Sequence[dict[str, str]], scores: dict[float, float]
-                   ) -> Iterator[float]:
-    """The learning rates of a training. The caller adds the mAP of each to ``scores``.
+def next_rate(one: Training, seed: int, rows: Sequence[dict[str, str]], asked: Sequence[float] | None = None
+              ) -> float | None:
+    """The learning rate to train next; None if the rows have all.
 
-    With seed 0, those of the search; it takes every second of RATES first. Then the best one of seed 0.
+    Those that are asked for; otherwise those of the search with seed 0, and its best one with other seeds.
     """
-    columns = describe(one.data, one.setting) | dict(recipe=one.recipe, seed='0')
-    known = {float(row['lr']): float(row['mAP']) for row in rows if columns.items() <= row.items()}
-    if seed and known:
-        yield max(known, key=known.__getitem__)
-        return
-    yield RATES[START]
-    for step in () if one.recipe else (2, 1):
-        while True:
-            best = RATES.index(max(scores, key=scores.__getitem__))
-            near = [rate for rate in RATES[max(best - step, 0):best + step + 1:step] if rate not in scores]
-            if not near:
-                break
-            yield near[0]
+    columns = describe(one.data, one.setting) | dict(recipe=one.recipe)
+    first, known = ({float(row['lr']): float(row['mAP']) for row in rows
+                     if (columns | dict(seed=str(which))).items() <= row.items()} for which in (0, seed))
+    if not asked and not seed and not one.recipe:
+        return continue_search(first)
+    wanted = asked or [max(first, key=first.__getitem__) if seed and first else RATES[START]]
+    return next((rate for rate in wanted if rate not in known), None)
+
+
+def continue_search(scores: Mapping[float, float]) -> float | None:
+    """The next of RATES in a search from mAP by learning rate; None if the rates beside the best one are known.
+
+    It tries every second rate first.
+    """
+    for step in (2, 1):
+        known = {place: scores[rate] for place, rate in enumerate(RATES)
+                 if rate in scores and not (place - START) % step}
+        if not known:
+            return RATES[START]
+        best = max(known, key=known.__getitem__)
+        for place in (best - step, best + step):
+            if 0 <= place < len(RATES) and place not in known:
+                return RATES[place]
+    return None
 
 
 # --- inputs of the trained layers

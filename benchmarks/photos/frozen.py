@@ -2,7 +2,7 @@
 
 Features of images of 128 px are computed once and cached. The harder digits of docs/reproduce.md are there to compare
 with their trainings; their features are those of the backbone that these start from. Each setting is searched by
-cross-validation on the training images alone, with the same trials. Ten heads are then trained on 80 % of the training
+cross-validation on the training images alone, by the same rule. Ten heads are then trained on 80 % of the training
 images each, and evaluated on all test images. A repetition draws the same images, removed labels and initial weights
 for every setting, so differences are paired. Finished rows are kept. render.py writes the tables of docs/choosing.md
 and the picture.

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmarks.photos import fine_tuned  # noqa: E402
-from benchmarks.photos.fine_tuned import MILD, RATES  # noqa: E402
+from benchmarks.photos.fine_tuned import MILD, continue_search  # noqa: E402
 from benchmarks.photos.frozen import ASL, CE, DATA, DOC, FOCAL, PICTURE, ROWS, SETTINGS, describe, key  # noqa: E402
 from mmasl.analysis import probe_report  # noqa: E402
 from mmasl.analysis.gradient import Setting  # noqa: E402
@@ -167,9 +167,8 @@ def best_rate(by_rate: dict[float, list[float]]) -> float:
 
 
 def is_searched(by_rate: dict[float, list[float]]) -> bool:
-    """Whether the learning rates beside the best one have been tried."""
-    place = RATES.index(best_rate(by_rate))
-    return set(RATES[max(place - 1, 0):place + 2]) <= set(by_rate)
+    """Whether the search of the learning rate has ended."""
+    return continue_search({rate: values[0] for rate, values in by_rate.items()}) is None
 
 
 def draw_rates() -> None:

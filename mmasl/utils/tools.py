@@ -157,7 +157,7 @@ def merge_options(cfg: Config, options: dict[str, Any], path: str) -> None:
     """
     lists = set()
     for option, value in options.items():
-        if 'dict(' in str(value):  # MMEngine reads numbers, texts and lists of them
+        if re.search(r'\bdict\(', str(value)):  # MMEngine reads numbers, texts and lists of them
             raise ConfigError(f'--cfg-options {option}: {value} would stay text, because these values cannot be dicts. '
                               f'Set its keys one by one, as in {option}.type=..., and those of a new list by their '
                               f'numbers, as in {option}.0.type=...')

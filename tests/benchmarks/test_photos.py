@@ -136,16 +136,18 @@ def test_trainings_are_paired_and_resumed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('best', [1, 3, 6])
 def test_learning_rates_are_searched_until_the_neighbours_are_worse(best):
-    scores: dict[float, float] = {}
-    training = fine_tuned.Training('voc', frozen.CE)
-    for lr in fine_tuned.learning_rates(training, 0, [], scores):
-        assert lr not in scores
-        scores[lr] = -abs(fine_tuned.RATES.index(lr) - best)
-    assert {fine_tuned.RATES[place] for place in (best - 1, best, best + 1)} <= set(scores) and len(scores) <= 6
-    rows = [frozen.describe('voc', frozen.CE) | dict(recipe='', seed='0', lr=f'{lr:g}', mAP=str(score))
-            for lr, score in scores.items()]
-    assert list(fine_tuned.learning_rates(training, 1, rows, {})) == [fine_tuned.RATES[best]]
-    assert list(fine_tuned.learning_rates(training._replace(recipe='other'), 0, rows, scores)) == [1e-3]
+    training, rows = fine_tuned.Training('voc', frozen.CE), []
+    while (lr := fine_tuned.next_rate(training, 0, rows)) is not None:
+        assert f'{lr:g}' not in {row['lr'] for row in rows}
+        score = -abs(fine_tuned.RATES.index(lr) - best)
+        rows.append(frozen.describe('voc', frozen.CE) | dict(recipe='', seed='0', lr=f'{lr:g}', mAP=str(score)))
+    tried = {float(row['lr']) for row in rows}
+    assert {fine_tuned.RATES[place] for place in (best - 1, best, best + 1)} <= tried and len(tried) <= 6
+    assert fine_tuned.next_rate(training, 1, rows) == fine_tuned.RATES[best]
+    assert fine_tuned.next_rate(training._replace(recipe='other'), 0, rows) == 1e-3
+    assert fine_tuned.next_rate(training, 0, rows, [fine_tuned.RATES[best], 3e-2]) == 3e-2
+    rows += [row | dict(seed='1') for row in rows]
+    assert fine_tuned.next_rate(training, 1, rows) is None
 
 
 def test_label_shares():

@@ -117,6 +117,7 @@ def test_options_that_do_not_fit(capsys):
     with pytest.raises(ConfigError, match='a.0: entries of a list in c.py can be changed by their numbers only if'):
         cli.merge_options(Config(dict(a=[1., 2.])), {'a.0': 3}, 'c.py')
     assert 'as in custom_hooks.0.type=' in refusal('train', '--cfg-options', "custom_hooks=[dict(type='EMAHook')]")
+    cli.merge_options(Config(dict(a='')), {'a': 'predict(x)'}, 'c.py')
     assert refusal('train', '--cfg-options', 'novalue') == 2
     assert 'must be KEY=VALUE' in capsys.readouterr().err
 
