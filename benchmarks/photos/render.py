@@ -273,10 +273,29 @@ def reasons_table(data: str) -> str:
         f'{what}, {kind}' for what in ('p', 'gradient') for kind in fine_tuned.KINDS)])
 
 
+def changes(data: str) -> dict[str, tuple[float, float]]:
+    """mAP of cross-entropy and ASL with the last stage by recipe: seed 0, each at the learning rate of its search."""
+    chosen = chosen_rates('last', data)
+    settings = [key(describe('', setting))[1:] for setting in (CE, ASL)]
+    found: dict[str, dict[tuple[str, ...], float]] = {}
+    for row in read_rows(fine_tuned.LAST.rows):
+        setting = key(row)[1:]
+        if (row['data'], row['seed']) == (data, '0') and chosen.get(setting) == float(row['lr']):
+            found.setdefault(row['recipe'], {})[setting] = float(row['mAP'])
+    return {recipe: (values[settings[0]], values[settings[1]]) for recipe in fine_tuned.RECIPES
+            if set(settings) <= set(values := found.get(recipe, {}))}
+
+
+def changes_table(data: str) -> str:
+    lines = [[recipe or 'none', f'{ce:.1f}', f'{asl:.1f}', f'{asl - ce:+.1f}']
+             for recipe, (ce, asl) in changes(data).items()]
+    return markdown_table(lines, ['change of the recipe', 'cross-entropy', TITLES[ASL], 'difference'])
+
+
 def page(text: str) -> str:
     """docs/choosing.md with its tables."""
     return fill_blocks(text, dict(frozen=table, trained=trained_table, agreement=agreement_table,
-                                  reasons=reasons_table))
+                                  reasons=reasons_table, changes=changes_table))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """benchmarks/photos: repetitions are paired, labels are removed for training only, and documents follow the rows."""
 import math
 from collections import Counter
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -89,26 +90,37 @@ def test_trained_layers_are_the_end_of_the_classifier():
         assert count / total == pytest.approx(share, abs=0.02), 'as the document says'
 
 
-def test_trainings_are_paired_and_resumed(tmp_path, monkeypatch):
-    """Every setting sees the same batches, flips and initial weights. Prior and scale are those of the recipe."""
-    class Watched(nn.Linear):
-        def forward(self, x):
-            seen.append((x.detach().clone(), self.weight.detach().clone(), self.bias.sigmoid().detach().clone()))
-            return super().forward(x)
+class Watched(nn.Linear):
+    """Keeps its inputs, weights, and the sigmoid of its biases."""
+    seen: ClassVar[list[tuple[torch.Tensor, ...]]] = []
 
-    def build(name, layers, seed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append((x.detach().clone(), self.weight.detach().clone(), self.bias.sigmoid().detach().clone()))
+        return super().forward(x)
+
+
+@pytest.fixture
+def watched(monkeypatch) -> type[Watched]:
+    """The trained layers are one watched layer."""
+    def build(name: str, layers: fine_tuned.Layers, seed: int) -> nn.Sequential:
         torch.manual_seed(seed)
         return nn.Sequential(nn.Flatten(), Watched(3 * 4, 6))
 
     monkeypatch.setattr(fine_tuned, 'build', build)
+    return Watched
+
+
+def test_trainings_are_paired_and_resumed(watched, tmp_path, monkeypatch):
+    """Every setting sees the same batches, flips and initial weights. Prior and scale are those of the recipe."""
     monkeypatch.setitem(fine_tuned.RECIPES, 'other', fine_tuned.Recipe(prior=0.1, scale=1e-30, weight_decay=0))
     x = torch.randn(200, 3, 2, 2).half()
-    maps = dict(train=(x, make_features()[1]), test=(x, make_features()[1]))
+    maps = dict(train=(x[None], make_features()[1]), test=(x, make_features()[1]))
     found = []
     for setting, recipe in ((frozen.CE, ''), (frozen.ASL, ''), (frozen.ASL, 'other')):
-        seen: list[tuple[torch.Tensor, ...]] = []
+        watched.seen = []
         training = fine_tuned.Training('voc', setting, recipe)
-        found.append((fine_tuned.measure(training, 1e-3, 0, maps, fine_tuned.ALL, tmp_path / 'unfinished.pth'), seen))
+        found.append((fine_tuned.measure(training, 1e-3, 0, maps, fine_tuned.ALL, tmp_path / 'unfinished.pth'),
+                      watched.seen))
     (ce, first), (asl, second), (_, third) = found
     count = 3 * fine_tuned.ALL.epochs
     assert all(torch.equal(one[0], same[0]) for one, same in zip(first[:count], second[:count], strict=True))
@@ -129,9 +141,60 @@ def test_trainings_are_paired_and_resumed(tmp_path, monkeypatch):
         patch.setattr(fine_tuned, 'images_of', lambda *args: (next(left), images_of(*args))[1])
         with pytest.raises(StopIteration):
             fine_tuned.measure(*arguments)
-    seen.clear()
+    watched.seen = []
     assert fine_tuned.measure(*arguments) == asl
-    assert torch.equal(seen[0][1], second[2 * 3][1]), 'it goes on after the second epoch'
+    assert torch.equal(watched.seen[0][1], second[2 * 3][1]), 'it goes on after the second epoch'
+
+
+def test_recipes_have_their_images_and_average(watched, tmp_path):
+    """Epochs use the drawn images in turn. The average starts with the first step's weights, and is resumed."""
+    _, labels = make_features()
+    x = torch.arange(4.)[:, None, None, None, None].expand(4, 200, 3, 2, 2).half()
+
+    def train(momentum: float, length: int = 1) -> list[tuple[torch.Tensor, ...]]:
+        watched.seen = []
+        model = fine_tuned.train(fine_tuned.build('voc', fine_tuned.LAST, 0), frozen.ASL, 1e-2, x, labels,
+                                 fine_tuned.LAST, fine_tuned.Recipe(length=length, momentum=momentum),
+                                 tmp_path / 'unfinished.pth', f'{momentum}, {length}')
+        assert not model.training
+        fine_tuned.predict(model, x[0])
+        return watched.seen
+
+    steps, epochs = 3, fine_tuned.LAST.epochs
+    plain = train(0.)
+    assert [image[0, 0].item() for image, *_ in plain[:steps * epochs:steps]] == [0, 1, 2, 3] * 2
+    expected = plain[1][1]
+    for _, weight, _ in plain[2:steps * epochs + 1]:
+        expected = 0.8 * expected + 0.2 * weight
+    for _ in range(2):  # the second starts from the finished state
+        torch.testing.assert_close(train(0.2)[-1][1], expected)
+    assert len(watched.seen) == math.ceil(200 / fine_tuned.BATCH_SIZE) and not torch.equal(plain[-1][1], expected)
+
+
+def test_maps_of_drawn_images_differ_by_epoch(tmp_path, monkeypatch):
+    """Training images are drawn by epoch with the official augmentation, test images are not, at the recipe's size."""
+    called = []
+
+    def compute(model, loader, name, layers, epochs=1):
+        called.append((name, epochs, loader.dataset.pipeline[1].scale, [one.type for one in loader.dataset.pipeline]))
+        return torch.zeros(3 * epochs, 2, 4, 4), torch.zeros(3, 20)
+
+    monkeypatch.setattr(frozen, 'check_data', lambda *args: None)
+    monkeypatch.setattr(frozen, 'build', lambda cfg, loader: (None, loader))
+    monkeypatch.setattr(fine_tuned, 'compute_maps', compute)
+    sizes = {}
+    for inputs in (fine_tuned.Inputs(), fine_tuned.Inputs(drawn=True), fine_tuned.Inputs(224)):
+        for _ in range(2):  # cached the second time
+            maps = fine_tuned.load_maps('voc', '', tmp_path, fine_tuned.LAST, inputs)
+        sizes[inputs] = maps['train'][0].shape
+        assert maps['test'][0].shape == (3, 2, 4, 4)
+    assert sizes[fine_tuned.Inputs()] == sizes[fine_tuned.Inputs(224)] == (1, 3, 2, 4, 4)
+    assert sizes[fine_tuned.Inputs(drawn=True)] == (fine_tuned.LAST.epochs, 3, 2, 4, 4)
+    assert [one[:3] for one in called] == [
+        ('voc_train', 1, 128), ('voc_test', 1, 128), ('voc_train_drawn', fine_tuned.LAST.epochs, 128),
+        ('voc_train_224', 1, 224), ('voc_test_224', 1, 224)]
+    assert [('RandAugment' in types and 'mmasl.Cutout' in types) for *_, types in called] == [
+        False, False, True, False, False]
 
 
 @pytest.mark.parametrize('best', [1, 3, 6])
@@ -144,7 +207,7 @@ def test_learning_rates_are_searched_until_the_neighbours_are_worse(best):
     tried = {float(row['lr']) for row in rows}
     assert {fine_tuned.RATES[place] for place in (best - 1, best, best + 1)} <= tried and len(tried) <= 6
     assert fine_tuned.next_rate(training, 1, rows) == fine_tuned.RATES[best]
-    assert fine_tuned.next_rate(training._replace(recipe='other'), 0, rows) == 1e-3
+    assert fine_tuned.next_rate(training._replace(recipe='other'), 0, rows) == fine_tuned.RATES[best]
     assert fine_tuned.next_rate(training, 0, rows, [fine_tuned.RATES[best], 3e-2]) == 3e-2
     rows += [row | dict(seed='1') for row in rows]
     assert fine_tuned.next_rate(training, 1, rows) is None
