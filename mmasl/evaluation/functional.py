@@ -3,10 +3,11 @@
 Implementations of these metrics differ in many details. :class:`Conventions` names every such choice, and ``PRESETS``
 holds those of four published implementations.
 """
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ CHOICES = dict(
     no_negative=('count', 'skip'),
     no_prediction=('zero', 'skip'),
     ignored=('skip', 'negative'))
+RANGES = dict(p_t_pos=(0, 1), p_t_neg=(0, 1), gap=(-1, 1), ECE=(0, 1))  # of metrics that are not in percent
 
 
 @dataclass(frozen=True)
@@ -449,28 +451,35 @@ def metrics_from_blocks(blocks: ScoreMatrix, conventions: Conventions,
     return metrics, ClassMetrics(positives, ap, auc, precision, recall)
 
 
-def bootstrap_intervals(resample: Callable[[np.ndarray], dict[str, float]], num_samples: int, resamples: int,
-                        level: float = 0.95, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap intervals over images (Efron and Tibshirani, An Introduction to the Bootstrap, 1993).
+def bootstrap_intervals(metrics: Mapping[str, float], resample: Callable[[np.ndarray], dict[str, float]],
+                        num_samples: int, resamples: int, level: float = 0.95, seed: int = 0
+                        ) -> dict[str, tuple[float, float]]:
+    """Normal bootstrap intervals over images (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, Ch. 13).
+
+    They are the metric plus and minus multiples of the standard deviation of the draws, cut to the metric's range.
+    Quantiles of the draws would be no interval of mAP: a positive that is drawn twice ties with itself, which raises
+    the average precision of rare classes.
 
     Args:
-        resample: Computes the metrics by name from the indices of N images, drawn with replacement.
+        metrics: The metrics of all images by name, as :func:`multilabel_metrics` has them.
+        resample: Computes them from the indices of N images, drawn with replacement.
         num_samples: Number of images N.
-        resamples: Number of draws.
-        level: Share of the draws inside the interval, in (0, 1).
+        resamples: Number of draws, >= 2.
+        level: Coverage of the intervals, in (0, 1).
         seed: Seed of the draws.
 
     Returns:
-        Lower and upper end of each metric; NaN for a metric that is undefined in all draws.
+        Lower and upper end of each metric; NaN for a metric that is undefined in all draws but one.
     """
     rng = np.random.default_rng(seed)
     drawn = [resample(rng.integers(num_samples, size=num_samples)) for _ in range(resamples)]
-    ends = {}
-    for name in dict.fromkeys(name for metrics in drawn for name in metrics):
-        values = np.array([metrics.get(name, np.nan) for metrics in drawn])
+    width, ends = NormalDist().inv_cdf((1 + level) / 2), {}
+    for name, value in metrics.items():
+        values = np.array([one.get(name, np.nan) for one in drawn])
         values = values[~np.isnan(values)]
-        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) if values.size else (np.nan, np.nan)
-        ends[name] = float(low), float(high)
+        half = width * values.std(ddof=1) if values.size > 1 else np.nan
+        low, high = RANGES.get(name, (0, 100))
+        ends[name] = float(np.maximum(value - half, low)), float(np.minimum(value + half, high))
     return ends
 
 

@@ -72,7 +72,7 @@ class MultiLabelMetric(BaseMetric):
             percent, and log a table. Values that are skipped or undefined appear in the table only, as nan.
         calibrated: Apply the threshold to ``calibrated_score`` of the heads in :mod:`mmasl.models.heads`, and report
             its ECE. Average precision, the top k and the probability gap still use ``pred_score``.
-        bootstrap: Number of resamples of the images, >= 0. Above 0, each metric also gets the ends of its 95 %
+        bootstrap: Number of resamples of the images, 0 or >= 2. Above 0, each metric also gets the ends of its 95 %
             interval, as ``mAP_low`` and ``mAP_high``. Each resample takes as long as the metrics themselves.
         class_counts: Number of positives of each class in the training set, one per class or a dict by class name.
             With it, ``mAP_few``, ``mAP_medium`` and ``mAP_many`` are the means over the classes with fewer than 20, 20
@@ -130,8 +130,9 @@ class MultiLabelMetric(BaseMetric):
             self.thresholds_by_name = conventions.pop('threshold')
         self.conventions = replace(PRESETS[preset], **conventions)
         self.ignore_index = ignore_index
-        if not isinstance(bootstrap, int) or bootstrap < 0:
-            raise ConfigError(f'bootstrap={bootstrap!r} is not a number of resamples; set 0 or more, such as 1000.')
+        if not isinstance(bootstrap, int) or bootstrap < 0 or bootstrap == 1:
+            raise ConfigError(f'bootstrap={bootstrap!r} is not a number of resamples; set 0, or 2 or more, such as '
+                              '1000.')
         if isinstance(class_counts, str):
             check_choice('class_counts', class_counts, ('evaluated', ))
         elif class_counts is not None and not isinstance(class_counts, Mapping):
@@ -204,29 +205,35 @@ class MultiLabelMetric(BaseMetric):
                 print_log(f'No {kind} label in {list_classes(skipped, classes)}: omitted from {mean}.', 'current',
                           logging.WARNING)
         if self.bootstrap:
-            metrics |= self._intervals(results, classes)
+            metrics |= self._intervals(results, classes, metrics, by_class.positives)
         if self.per_class:
             metrics |= self._report_classes(classes, by_class)
         return metrics
 
-    def _compute(self, results: Sequence[np.ndarray], conventions: Conventions,
-                 classes: Sequence[str]) -> tuple[dict[str, float], ClassMetrics]:
+    def _compute(self, results: Sequence[np.ndarray], conventions: Conventions, classes: Sequence[str],
+                 evaluated: np.ndarray | None = None) -> tuple[dict[str, float], ClassMetrics]:
+        """The metrics of samples. ``evaluated`` are the positives of the evaluated set; by default, of the samples."""
         blocks = make_blocks(results, len(classes), len(self.score_keys))
         metrics, by_class = metrics_from_blocks(blocks, conventions, classes)
         if self.class_counts is not None:
-            counts = by_class.positives if self.class_counts == 'evaluated' else self._training_counts(classes)
+            if self.class_counts != 'evaluated':
+                counts = self._training_counts(classes)
+            else:
+                counts = by_class.positives if evaluated is None else evaluated
             for name, chosen in (('few', counts < 20), ('medium', (counts >= 20) & (counts <= 100)),
                                  ('many', counts > 100)):
                 ap = by_class.ap[chosen & ~np.isnan(by_class.ap)]
                 metrics[f'mAP_{name}'] = float(ap.mean()) if ap.size else float('nan')
         return metrics, by_class
 
-    def _intervals(self, results: Sequence[np.ndarray], classes: Sequence[str]) -> dict[str, float]:
+    def _intervals(self, results: Sequence[np.ndarray], classes: Sequence[str], metrics: Mapping[str, float],
+                   positives: np.ndarray) -> dict[str, float]:
         conventions = self._expand_thresholds(classes)
         if conventions.empty == 'error':  # a draw may miss the positives of a rare class
             conventions = replace(conventions, empty='skip')
-        ends = bootstrap_intervals(lambda rows: self._compute([results[row] for row in rows], conventions, classes)[0],
-                                   len(results), self.bootstrap)
+        ends = bootstrap_intervals(
+            metrics, lambda rows: self._compute([results[row] for row in rows], conventions, classes, positives)[0],
+            len(results), self.bootstrap)
         return {f'{name}_{end}': value for name, pair in ends.items() for end, value in zip(('low', 'high'), pair)}
 
     def _training_counts(self, classes: Sequence[str]) -> np.ndarray:
