@@ -61,7 +61,7 @@ def compare_settings(cfg: Config, config: str, images: int = 2000, minutes: floa
     site, = find_loss_sites(model)
     if site.softmax:
         raise ConfigError(f'{config}: --probe measures losses on sigmoids, and this config has a softmax')
-    x, y = load_features(cfg, model, images, start + 30 * minutes, cache, progress)
+    x, y, sampled = load_features(cfg, model, images, start + 30 * minutes, cache, progress)
     found: dict[str, tuple[Trial, Scores]] = {}
     for name, setting in progress(SETTINGS.items(), 'settings'):
         if not found or time.monotonic() < start + 60 * minutes:
@@ -72,6 +72,9 @@ def compare_settings(cfg: Config, config: str, images: int = 2000, minutes: floa
            'not for your training.')
     best = max(found, key=lambda name: found[name][1].map.mean())
     yield describe(found, best)
+    if len(x) < sampled:
+        yield (f'The time for features ended after {len(x):,} of {sampled:,} images. A second call computes more; or '
+               'set --probe-minutes.')
     if left := [name for name in SETTINGS if name not in found]:
         yield f'No time was left for: {", ".join(left)}. Set --probe-minutes.'
     others = sorted(set(found) - {best}, key=lambda name: (name == 'cross-entropy', found[name][1].map.mean()))
@@ -138,12 +141,15 @@ def without_repeats(data: ConfigDict, scope: str | None) -> ConfigDict:
 
 
 def load_features(cfg: Config, model: nn.Module, images: int, end: float, cache: Path,
-                  progress: Progress) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and labels (N, C) of a random sample of the training images, from the cache if it has them.
+                  progress: Progress) -> tuple[Tensor, Tensor, int]:
+    """Features of a random sample of the training images, as far as the time allows. The cache keeps them.
 
     Args:
         cfg, model, images, cache, progress: See :func:`compare_settings`.
-        end: Time, as ``time.monotonic`` has it, after which no further image is read.
+        end: Time, as ``time.monotonic`` has it, after which no further batch is read.
+
+    Returns:
+        Features (N, D), labels (N, C), and the number of images in the whole sample, >= N.
 
     Raises:
         ConfigError: The training images have another number of classes than the head.
@@ -157,19 +163,20 @@ def load_features(cfg: Config, model: nn.Module, images: int, end: float, cache:
     with building_data(cfg):
         dataset: Any = DATASETS.build(data)
     weights = torch.stack([value.double().sum() for value in model.state_dict().values() if value.is_floating_point()])
-    identity = json.dumps([data, images, weights.tolist(), cfg.get('data_preprocessor')], default=str)
+    identity = json.dumps([data, weights.tolist(), cfg.get('data_preprocessor')], default=str)
     path = cache / f'{hashlib.sha256(identity.encode()).hexdigest()[:16]}.pt'
-    if not path.exists():
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:images]
-        loader = DataLoader(Subset(dataset, order.tolist()), BATCH_SIZE, collate_fn=pseudo_collate)
+    found = [torch.load(path)] if path.exists() else []
+    known = len(found[0][1]) if found else 0
+    sample = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:images].tolist()
+    if known < len(sample):
+        loader = DataLoader(Subset(dataset, sample[known:]), BATCH_SIZE, collate_fn=pseudo_collate)
         model.to(memory_format=torch.channels_last)
-        batches = extract_features(model, progress(loader, 'features'), len(dataset.metainfo['classes']))
-        found = []
-        for batch in batches:
+        for batch in extract_features(model, progress(loader, 'features'), len(dataset.metainfo['classes'])):
             found.append(batch)
             if time.monotonic() > end:
                 break
         cache.mkdir(parents=True, exist_ok=True)
         torch.save(tuple(map(torch.cat, zip(*found))), f'{path}.part')
         Path(f'{path}.part').replace(path)
-    return torch.load(path)
+    x, y = map(torch.cat, zip(*found))
+    return x[:len(sample)], y[:len(sample)], len(sample)

@@ -13,6 +13,7 @@ from torch import nn
 
 from mmasl.analysis import probe_report
 from mmasl.analysis.advice import drop_downloads
+from mmasl.analysis.gradient import Setting
 from mmasl.analysis.suggestion import LADDER
 from mmasl.datasets.digits import DigitScenes
 from tools import advise as tool
@@ -253,6 +254,26 @@ def test_probe(advise, probed, monkeypatch):
     # The features come from the cache.
     monkeypatch.setattr(probe_report, 'extract_features', None)
     assert advise(*args, '--probe-minutes', '1e-9').split('## Probe')[1].count('No time was left for: focal loss') == 1
+
+
+def test_probe_goes_on_after_its_time(advise, probed, monkeypatch, tmp_path):
+    """A second call computes the features that the first one had no time for, and a larger sample extends a smaller."""
+    text = (f"{RANDOM}\nload_from = {str(probed / 'weights.pth')!r}\n"
+            f"train_dataloader['dataset']['data_root'] = {str(probed / 'digits')!r}")
+    monkeypatch.setattr(probe_report, 'SETTINGS', {'cross-entropy': Setting(0, 0, 0), 'focal loss': Setting(2, 2, 0)})
+    search = probe_report.search
+    monkeypatch.setattr(probe_report, 'search', lambda x, y, setting: (
+        samples.append((x, y)), search(x, y, setting))[1])
+    samples: list[tuple[torch.Tensor, torch.Tensor]] = []
+    reports = [advise('resnet_asl_digits.py', text, '--probe', '--probe-cache', str(tmp_path / folder),
+                      '--probe-images', images, '--probe-minutes', minutes)
+               for folder, images, minutes in (
+                   ('a', '60', '1e-9'), ('a', '70', '1e-9'), ('a', '70', '9'), ('a', '50', '9'), ('b', '70', '9'))]
+    assert [len(x) for x, _ in samples] == [32, 64, 70, 70, 50, 50, 70, 70]
+    assert 'ended after 32 of 60 images' in reports[0] and 'ended after 64 of 70 images' in reports[1]
+    assert not any('The time for features' in report for report in reports[2:])
+    for one, other in zip(samples[2], samples[-1], strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_probe_takes_each_image_once(probed, monkeypatch):
