@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +293,8 @@ class CheckFiniteHook(Hook):
     """Stops a training whose loss or weights are NaN or infinite, before EMA, a controller or a checkpoint use them.
 
     The hook reads the loss that MMEngine has already fetched for its log, so it adds no host sync, and checks the
-    weights once before each checkpoint and each test. The message counts the non-finite logits of mmasl's losses and
+    weights and buffers once before each checkpoint and each test; buffers that are not finite before the run, such as a
+    mask of -inf, may stay so. The message counts the non-finite logits of mmasl's losses and
     names their images and classes. All ranks stop with the message of the first one; several processes therefore reduce
     one number in each iteration. MMDetection's CheckInvalidLossHook checks every 50th iteration only, after EMA, and
     its error has no message.
@@ -309,8 +310,10 @@ class CheckFiniteHook(Hook):
     def __init__(self) -> None:
         self.logits: list[Tensor] | None = None  # None outside of training iterations
         self._registered = False
+        self._masks: set[str] = set()  # buffers that are meant to be infinite
 
     def before_run(self, runner: Runner) -> None:
+        self._masks = {name for name, x in runner.model.named_buffers() if not x.isfinite().all()}
         if not self._registered and not (runner.cfg or {}).get('compile'):
             self._registered = True
             for module in runner.model.modules():
@@ -331,19 +334,19 @@ class CheckFiniteHook(Hook):
                 what = f'{name} is {value}. {describe_logits(logits, data_batch)}'
                 break
         if not what and self._saves(runner):
-            what = describe_weights(runner.model)
+            what = describe_weights(runner.model, self._masks)
         self._stop(runner, what, runner.iter + 1)
 
     def after_train_epoch(self, runner: Runner) -> None:
         # Checkpoints by epochs follow. A resumed epoch has fewer batches, so their number does not tell its end.
-        self._stop(runner, describe_weights(runner.model), runner.iter)
+        self._stop(runner, describe_weights(runner.model, self._masks), runner.iter)
 
     def before_val(self, runner: Runner) -> None:
         self.logits = None  # of an iteration that an exception left
 
     def before_test(self, runner: Runner) -> None:
         self.logits = None
-        if what := first_of_all_ranks(describe_weights(runner.model)):
+        if what := first_of_all_ranks(describe_weights(runner.model, self._masks)):
             raise NonFiniteError(f'{what} {checkpoint_name(runner)} is from a diverged training: use an earlier '
                                  'checkpoint')
 
@@ -372,10 +375,10 @@ class CheckFiniteHook(Hook):
             + (f'{saved} is the last checkpoint, from before it' if saved else 'there is no checkpoint yet'))
 
 
-def describe_weights(model: nn.Module) -> str:
-    """Name the non-finite weights and buffers of a model; '' if all are finite."""
+def describe_weights(model: nn.Module, masks: Container[str] = ()) -> str:
+    """Name the non-finite weights and buffers of a model, but for some buffers; '' if all are finite."""
     tensors = {name: x.detach() for name, x in [*model.named_parameters(), *model.named_buffers()]
-               if x.is_floating_point()}
+               if x.is_floating_point() and name not in masks}
     finite = torch.stack([x.isfinite().all() for x in tensors.values()]).tolist()
     bad = [name for name, good in zip(tensors, finite) if not good]
     return f'{len(bad)} of {len(tensors)} weights are not finite: {first_few(bad)}.' if bad else ''

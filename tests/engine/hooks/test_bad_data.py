@@ -627,6 +627,19 @@ def test_the_weights_are_checked_at_the_end_of_a_resumed_epoch():
         hook.after_train_epoch(runner)
 
 
+def test_buffers_that_are_meant_to_be_infinite(tmp_path):
+    """A mask, and the minimum that an observer has not seen yet; others are checked."""
+    hook, model = CheckFiniteHook(), nn.Sequential(nn.BatchNorm1d(2))
+    model.register_buffer('mask', torch.full((4, 4), -torch.inf).triu(1))
+    runner = SimpleNamespace(cfg={}, model=model, iter=6, epoch=1, work_dir=str(tmp_path))
+    hook.before_run(runner)
+    hook.after_train_epoch(runner)
+    hook.before_test(runner)
+    model[0].running_var.fill_(torch.inf)
+    with pytest.raises(NonFiniteError, match='1 of 4 weights are not finite: 0.running_var'):
+        hook.after_train_epoch(runner)
+
+
 def test_the_weights_are_checked_before_checkpoints_by_iterations():
     """With save_begin, CheckpointHook counts from there."""
     hook, model = CheckFiniteHook(), nn.Linear(1, 1)
