@@ -1,6 +1,7 @@
 """Calibrated scores for the dense heads of MMDetection."""
 import inspect
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,8 +46,11 @@ class CalibratedDenseHead:
     def __new__(cls, head_type: Any = None, **kwargs: Any) -> Any:
         if cls is not CalibratedDenseHead:  # a copy
             return super().__new__(cls)
-        stock = _find_head(head_type)
-        return super().__new__(type(f'Calibrated{stock.__name__}', (CalibratedDenseHead, stock), {}))
+        return super().__new__(_calibrated(_find_head(head_type)))
+
+    def __reduce__(self) -> tuple:
+        """How to copy and pickle a head: its class is not an attribute of a module."""
+        return _empty_head, (type(self).__mro__[2], ), self.__dict__
 
     def __init__(self, head_type: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -78,6 +82,17 @@ class CalibratedDenseHead:
             classes_last = logits.unflatten(1, (-1, self.cls_out_channels)).movedim(2, -1)
             found.append(posterior_log_odds(classes_last, **settings).movedim(-1, 2).flatten(1, 2))
         return found
+
+
+@lru_cache
+def _calibrated(stock: type) -> type:
+    return type(f'Calibrated{stock.__name__}', (CalibratedDenseHead, stock), dict(__module__=__name__))
+
+
+def _empty_head(stock: type) -> Any:
+    """A head of the class for a stock head, before its state is set."""
+    head: Any = _calibrated(stock)
+    return head.__new__(head)
 
 
 def _find_head(head_type: Any) -> type:

@@ -1,5 +1,6 @@
 """Dense heads with calibrated scores: values against the minimum of the loss, and the stock heads beside them."""
 import copy
+import pickle
 
 import pytest
 import torch
@@ -116,6 +117,17 @@ def test_parameters_of_the_loss_count_when_it_predicts():
     for one, gamma in ((head, 5.), (other, 2.)):
         expected = posterior_log_odds(maps[0], gamma_pos=1., gamma_neg=gamma, clip=0., alpha=.25)
         assert_close(one.calibrate(maps)[0], expected)
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_a_head_is_pickled(name):
+    """As torch.save of a whole detector and a spawned process do."""
+    head, maps = build(name, ASL), [torch.randn(2, CLASSES, 4, 4)]
+    head.loss_cls.gamma_neg.fill_(5)
+    for other in (pickle.loads(pickle.dumps(head)), copy.copy(head), copy.deepcopy(head)):
+        assert type(other) is type(head) and isinstance(other, CalibratedDenseHead)
+        assert_close(dict(other.state_dict()), dict(head.state_dict()))
+        assert_close(other.calibrate(maps), head.calibrate(maps))
 
 
 @pytest.mark.parametrize('name', HEADS)
