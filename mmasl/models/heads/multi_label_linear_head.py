@@ -53,16 +53,17 @@ class MultiLabelLinearClsHead(CalibratedPredictions, heads.MultiLabelLinearClsHe
             raise TypeError(f'With chunk_size={self.chunk_size} the loss does not accept {", ".join(kwargs)}.')
         loss, features = self.loss_module, self.pre_logits(feats)
         divisor = as_divisor(len(data_samples)) if loss.reduction == 'mean' else 1
+        scale = (loss.loss_weight or 1.) / divisor
         # The condition of AsymmetricLoss.forward.
         track = loss.probability_sums.enabled and loss.training and torch.is_grad_enabled()
         value = linear_asymmetric_loss(
             features, self.fc.weight, self.fc.bias, self._target(data_samples, features.device),
-            ignore_index=loss.ignore_index, scale=loss.loss_weight / divisor, chunk_size=self.chunk_size,
+            ignore_index=loss.ignore_index, scale=scale, chunk_size=self.chunk_size,
             class_weight=loss.class_weight, return_sums=track, **calibration_settings(loss))
         if isinstance(value, tuple):
             value, sums = value
-            loss.probability_sums.add(sums, value.detach() / (loss.loss_weight / divisor))
-        return dict(loss=value)
+            loss.probability_sums.add(sums, value.detach() / scale)
+        return dict(loss=value if loss.loss_weight else 0. * value)
 
     def _target(self, data_samples: list[DataSample], device: torch.device) -> Tensor:
         """Targets (N, C), dense from ``gt_score`` or sparse from ``gt_label``."""

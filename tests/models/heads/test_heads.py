@@ -165,7 +165,8 @@ def samples_of(labels):
 
 LABELS = [[0, 5], [], [3], [1, 2, 4], [5]]
 CHUNKED = {
-    'sum': dict(reduction='sum'), 'mean': dict(), 'loss_weight': dict(loss_weight=0.3), 'alpha': dict(alpha=0.3),
+    'sum': dict(reduction='sum'), 'mean': dict(), 'loss_weight': dict(loss_weight=0.3),
+    'no weight': dict(loss_weight=0), 'alpha': dict(alpha=0.3),
     'per-class': dict(gamma_neg=[0., 1., 2., 3., 4., 5.]), 'detached': dict(detach_focusing=True)}
 
 
@@ -193,7 +194,7 @@ def test_chunked_head_trains_as_the_whole_one(setting, chunk_size, labels):
             head.loss((feats, ), samples)
         assert_close(head.loss_module.probability_sums.total, results[-1][-1], rtol=0, atol=0)
     assert_close(*results, rtol=1e-12, atol=1e-12)
-    assert results[1][0]['loss'] != 0
+    assert (results[1][0]['loss'] != 0) == bool(setting.get('loss_weight', True))
 
 
 def test_chunked_head_never_calls_its_layer(monkeypatch):
