@@ -35,3 +35,16 @@ with DefaultScope.overwrite_default_scope('{scope}'):
 """
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.startswith('AsymmetricLoss(gamma_pos=0.0, gamma_neg=2.0'), done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_model_built_under_another_default_device():
+    """The first use imports the operator, whose constants stay on the CPU."""
+    code = """
+import torch, mmasl
+with torch.device('meta'):
+    loss = mmasl.AsymmetricLoss()
+print(loss(torch.zeros(2, 2), torch.ones(2, 2)).item())
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert float(done.stdout) > 0, done.stderr[-2000:]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmasl.analysis.gradient import Setting
 from mmasl.errors import ConfigError
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss, as_element_weight
+from mmasl.ops.torch_impl import equals
 
 LOSS_NAMES = ('loss_cls', 'initial_loss_cls', 'loss_module')  # attributes of MMDetection's and MMPretrain's heads
 
@@ -211,7 +212,7 @@ def expand_target(pred: Tensor, target: Tensor | tuple[Tensor, Tensor], ignore_i
         ConfigError: The target has another shape.
     """
     labels, quality = target if isinstance(target, (tuple, list)) else (target, None)
-    marked = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
+    marked = equals(labels, ignore_index)
     annotated = (labels >= 0) & ~marked
     counts = annotated + weight_unannotated * marked.double()
     if labels.shape == pred.shape:

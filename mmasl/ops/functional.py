@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmasl.errors import ConfigError, DataError, UnavailableError
 from mmasl.ops import torch_impl
@@ -74,15 +73,39 @@ def _kernel_unavailable(logits: Tensor, soft_label: str = 'mixture') -> str:
     return _no_triton if triton_impl is None else triton_impl.unavailable_reason(logits, soft_label)
 
 
+def refuse_second_derivative() -> None:
+    """Raise, in a backward pass that would need to be differentiable itself."""
+    raise UnavailableError('the asymmetric losses have no second derivative: call backward() or torch.autograd.grad() '
+                           'without create_graph=True')
+
+
+class _Gradient(torch.autograd.Function):
+    """A gradient as a function of the logits, whose derivative is refused. torch.func always asks for its graph."""
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, logits: Tensor) -> Tensor:
+        return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> None:
+        refuse_second_derivative()
+
+
 class _Differentiable:
-    """A differentiable function in the three forms that PyTorch has.
+    """A differentiable function of logits in the three forms that PyTorch has.
 
     A custom operator is one node of a compiled graph. A Function with ``setup_context`` works under torch.func, and one
     without costs 50 microseconds less per call.
 
     Args:
         name: Of the operator, in the namespace ``mmasl``.
-        forward, setup_context, backward: As :class:`torch.autograd.Function` has them.
+        forward, setup_context, backward: As :class:`torch.autograd.Function` has them. With a fourth argument True,
+            ``setup_context`` saves the logits first, which a kept gradient does without.
     """
 
     def __init__(self, name: str, forward: Callable, setup_context: Callable, backward: Callable) -> None:
@@ -91,20 +114,26 @@ class _Differentiable:
             setup_context(ctx, inputs, output)
             return output
 
-        once = once_differentiable(backward)
-
         def first_order(ctx: Any, *upstream: Any) -> Any:
-            # once_differentiable matters, and costs its microseconds, only with create_graph=True.
-            return (once if torch.is_grad_enabled() else backward)(ctx, *upstream)
+            if torch.is_grad_enabled():  # with create_graph=True
+                refuse_second_derivative()
+            return backward(ctx, *upstream)
+
+        def setup_transformed(ctx: Any, inputs: Any, output: Any) -> None:
+            setup_context(ctx, inputs, output, True)
+
+        def of_transform(ctx: Any, *upstream: Any) -> Any:
+            grad, *others = backward(ctx, *upstream)
+            return None if grad is None else _Gradient.apply(grad, ctx.saved_tensors[0]), *others
 
         self.operator = torch.library.custom_op(f'mmasl::{name}', forward, mutates_args=())
-        self.operator.register_autograd(first_order, setup_context=setup_context)
+        self.operator.register_autograd(backward, setup_context=setup_context)  # graphs refuse second derivatives
         self.plain: Any
         self.transformable: Any
         self.plain, self.transformable = (
             type(name, (torch.autograd.Function, ), {key: staticmethod(value) for key, value in functions.items()})
             for functions in (dict(forward=forward_with_context, backward=first_order),
-                              dict(forward=forward, setup_context=setup_context, backward=first_order)))
+                              dict(forward=forward, setup_context=setup_transformed, backward=of_transform)))
         self.transformable.generate_vmap_rule = True
 
     def __call__(self, *inputs: Any) -> Any:
@@ -133,7 +162,7 @@ def asymmetric_loss(logits: Tensor,
 
     The arithmetic is float32 for half-precision logits and float64 for float64. With ``reduction='sum'`` the forward
     pass computes the gradient and keeps that one tensor, in the logits' shape and dtype. Elementwise and float16 losses
-    compute the gradient in the backward pass. A second derivative raises an error.
+    compute the gradient in the backward pass. A second derivative (``create_graph=True``) raises an error.
 
     Args:
         logits: (..., C), floating point, any finite value. The Triton kernel reads a permuted channels-first map in
@@ -141,7 +170,7 @@ def asymmetric_loss(logits: Tensor,
         target: One of three forms.
 
             - dense, the shape of ``logits``: labels in [0, 1], of any dtype. A soft label y counts as y positives and
-              1 - y negatives (Eq. 2).
+              1 - y negatives (Eq. 2). It gets no gradient.
             - labels, integers of shape ``logits.shape[:-1]``: the positive class of each row, or C for none
                 (background).
             - a pair (labels, quality): labels as above, and the soft label, in [0, 1], of the labelled class.
@@ -191,11 +220,12 @@ def asymmetric_loss(logits: Tensor,
     if soft_label not in torch_impl.SOFT_LABELS:
         raise ConfigError(f'soft_label={soft_label!r} must be one of {torch_impl.SOFT_LABELS}')
     target, quality = target if isinstance(target, (tuple, list)) else (target, None)
-    for x in (gamma_pos, gamma_neg, clip, alpha, class_weight, pos_weight, weight, scale):
-        if isinstance(x, Tensor) and x.requires_grad:
-            raise ConfigError('parameters, weights and scale of the loss get no gradient: detach them')
+    for x in (target, gamma_pos, gamma_neg, clip, alpha, class_weight, pos_weight, weight, scale):
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise ConfigError('target, parameters, weights and scale of the loss get no gradient: detach them')
     if quality is not None or target.shape != logits.shape:
         _check_labels(target, quality, logits)
+    target = torch_impl.widen(target, labels=target.dim() < logits.dim())
     if weight is not None and (weight.dim() != logits.dim() or any(
             size not in (1, wanted) for size, wanted in zip(weight.shape, logits.shape))):
         raise DataError(f'weight of shape {tuple(weight.shape)} does not fit logits of shape {tuple(logits.shape)}: '
@@ -210,7 +240,7 @@ def asymmetric_loss(logits: Tensor,
         None if not isinstance(scale, Tensor) and scale == 1 else as_parameter(scale, logits, 'scale'),
         detach_focusing, ignore_index, reduction, soft_label,
         'eager' if torch_impl.transformed() else pick_implementation(logits, soft_label),
-        torch.is_grad_enabled() and logits.requires_grad, return_sums)
+        torch.is_grad_enabled() and logits.requires_grad and not torch_impl.transformed(), return_sums)
     return (loss, sums) if return_sums else loss
 
 
@@ -269,12 +299,12 @@ def _forward(logits: Tensor, target: Tensor, quality: Tensor | None, weight: Ten
     return loss, grad, sums
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor], save_logits: bool = False) -> None:
     _, grad, sums = output
     ctx.mark_non_differentiable(grad, sums)
     ctx.set_materialize_grads(False)
     tensors, ctx.settings, ctx.implementation = inputs[:11], inputs[11:15], inputs[15]
-    ctx.kept = _keeps_gradient(inputs[0], inputs[13])
+    ctx.kept = _keeps_gradient(inputs[0], inputs[13]) and not save_logits
     ctx.save_for_backward(*([grad] if ctx.kept else tensors))
 
 
@@ -283,7 +313,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
         return (None, ) * 18
     if ctx.kept:
         return scale_gradient(ctx.saved_tensors[0], upstream), *(None, ) * 17
-    arguments = *ctx.saved_tensors, *ctx.settings, ctx.implementation
+    implementation = 'eager' if torch_impl.transformed(upstream) else ctx.implementation
+    arguments = *ctx.saved_tensors, *ctx.settings, implementation
     traced = torch.compiler.is_compiling() or type(upstream) is not Tensor
     return (torch.ops.mmasl.asymmetric_loss_backward if traced else _gradient)(upstream, *arguments), *(None, ) * 17
 
@@ -324,7 +355,8 @@ def _(upstream: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
 
 def scale_gradient(grad: Tensor, upstream: Tensor) -> Tensor:
     """A kept gradient times the upstream gradient, in place unless the graph is kept."""
-    if torch.compiler.is_compiling() or type(grad) is not Tensor or torch_impl.transformed() or _graph_is_kept():
+    if (torch.compiler.is_compiling() or type(grad) is not Tensor or torch_impl.transformed(upstream)
+            or _graph_is_kept()):
         return grad * upstream.to(grad.dtype)
     grad = grad.detach()
     if grad.device.type == 'cpu' and not upstream.dim() and upstream.item() == 1:
@@ -367,7 +399,8 @@ def asymmetric_softmax_loss(logits: Tensor,
 
     Returns:
         Loss (...), in float64 for float64 logits and in float32 otherwise. The forward pass computes the gradient and
-        keeps it in the logits' dtype, or in float32 for float16. A second derivative raises an error.
+        keeps it in the logits' dtype, or in float32 for float16. A second derivative (``create_graph=True``) raises an
+        error.
 
     Raises:
         ValueError: A shape does not fit, or a label is out of range; as in :func:`asymmetric_loss`, the latter gives
@@ -384,6 +417,7 @@ def asymmetric_softmax_loss(logits: Tensor,
     if logits.shape[-1] < 2:
         raise DataError(f'logits of shape {tuple(logits.shape)} have {logits.shape[-1]} class: a softmax needs two or '
                         'more. Use mmasl.AsymmetricLoss for a single logit')
+    labels = torch_impl.widen(labels, labels=True)
     compile = logits.device.type == 'cpu' and pick_implementation(logits) == 'inductor'
     if isinstance(class_weight, Tensor) and class_weight.requires_grad:
         raise ConfigError('class_weight gets no gradient: detach it')
@@ -407,16 +441,16 @@ def _kept_dtype(logits: Tensor) -> torch.dtype:
     return torch.float32 if logits.dtype == torch.float16 else logits.dtype
 
 
-def _softmax_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _softmax_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor], save_logits: bool = False) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(inputs[0] if save_logits else None, output[1])
     ctx.dtype = inputs[0].dtype
 
 
 def _softmax_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     grad = None if upstream is None else torch_impl.saturate(
-        scale_gradient(ctx.saved_tensors[0], upstream.unsqueeze(-1)), ctx.dtype)
+        scale_gradient(ctx.saved_tensors[1], upstream.unsqueeze(-1)), ctx.dtype)
     return grad, *(None, ) * 8
 
 

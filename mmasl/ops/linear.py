@@ -1,9 +1,8 @@
 """A linear classifier and its asymmetric loss in one, a chunk of classes at a time, for more classes than fit.
 
 The loss is a sum over classes, and so is the gradient of the features. Each chunk computes its logits, their gradient
-and
-the products with it, and is freed: no tensor of N rows and C columns exists. The forward pass makes all gradients; the
-backward pass scales them.
+and the products with it, and is freed: no tensor of N rows and C columns exists. The forward pass makes all gradients;
+the backward pass scales them.
 """
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +11,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmasl.errors import ConfigError, DataError
-from mmasl.ops.functional import Parameter, _forward, as_optional, pick_implementation, scale_gradient
+from mmasl.ops.functional import (
+    Parameter,
+    _forward,
+    as_optional,
+    pick_implementation,
+    refuse_second_derivative,
+    scale_gradient,
+)
+from mmasl.ops.torch_impl import widen
 
 UNKNOWN = -2  # row or class of a sparse target that is out of range
 
@@ -44,9 +50,8 @@ def linear_asymmetric_loss(features: Tensor,
 
     Under autocast the products are in its dtype, as those of ``F.linear``. The gradient of the features is summed in
     float32 (float64 for float64), and small float16 gradients do not underflow before the loss scale reaches them.
-    Float16
-    parameters keep their gradient in float16 and have no such protection: keep the parameters in float32. A compiled
-    graph breaks here. A second derivative raises an error.
+    Float16 parameters keep their gradient in float16 and have no such protection: keep the parameters in float32. A
+    compiled graph breaks here. A second derivative (``create_graph=True``) raises an error.
 
     Args:
         features: (N, D), floating point.
@@ -126,8 +131,9 @@ class _LinearLoss(torch.autograd.Function):
         return torch.stack(losses).sum(), sums
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # with create_graph=True
+            refuse_second_derivative()
         of_features, *of_parameters = (None if grad is None else scale_gradient(grad, upstream)
                                        for grad in ctx.saved_tensors)
         return None if of_features is None else of_features.to(ctx.features_dtype), *of_parameters, None, None
@@ -182,6 +188,7 @@ def _check(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
 def _read_target(target: Tensor) -> Callable[[slice], Tensor]:
     """A function that gives the dense target of some classes."""
     if target.layout == torch.strided:
+        target = widen(target, labels=False)
         return lambda classes: target[:, classes]
     num_rows, num_classes = target.shape
     target = target.detach().to_sparse_coo()

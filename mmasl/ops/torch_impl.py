@@ -26,8 +26,8 @@ LARGE = 2**20  # elements; from here on a compilation of half a minute pays
 BLOCK = {'cpu': 2**16}
 ACCELERATOR_BLOCK = 2**25
 # Constants as tensors, since PyTorch converts a Python number at each call, for twice the time of the operation.
-ONE = {dtype: torch.ones((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
-BELOW_ONE = {dtype: torch.full((), 1 - torch.finfo(dtype).eps / 2, dtype=dtype) for dtype in ONE}
+ONE = {dtype: torch.ones((), dtype=dtype, device='cpu') for dtype in (torch.float32, torch.float64)}
+BELOW_ONE = {dtype: torch.full((), 1 - torch.finfo(dtype).eps / 2, dtype=dtype, device='cpu') for dtype in ONE}
 Result = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -130,6 +130,8 @@ def formula(problem: Problem, need_loss: bool, need_grad: bool, need_sums: bool,
         first_row: Number of the first row in error messages.
     """
     z = problem.logits.to(problem.gamma_neg.dtype)
+    if transformed():  # what is written in place must be batched wherever a parameter is
+        z = z + sum(0 * x for x in problem[4:10] if x is not None)
     y, positive, ignored, soft = _read_target(problem, soft, first_row)
     not_y, weight = ONE[z.dtype] - y, problem.weight
     # The next number below: p_m is 0 below the margin and not at it, where the gradient is that of the side p > m.
@@ -191,7 +193,7 @@ def _read_target(problem: Problem, soft: bool | None,
     Also the share of the positive part in each entry, what is ignored, and whether labels may be soft.
     """
     y, dtype, classes = problem.target, problem.gamma_neg.dtype, problem.logits.shape[-1]
-    ignored = None if problem.ignore_index is None else y == problem.ignore_index
+    ignored = None if problem.ignore_index is None else equals(y, problem.ignore_index)
     look, mixture = soft is None, problem.soft_label == 'mixture'
     if y.dim() == 2:
         y = (y if ignored is None else y.masked_fill(ignored, 0)).to(dtype)
@@ -254,21 +256,48 @@ def saturate(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.to(dtype)
 
 
-def transformed() -> bool:
-    """Whether a transform of torch.func is active, under which values cannot be looked at."""
-    return torch._C._are_functorch_transforms_active()
+def transformed(upstream: Tensor | None = None) -> bool:
+    """Whether a transform of torch.func is active, under which values cannot be looked at.
+
+    Also whether the upstream gradient is a batch of them, as ``torch.autograd.grad(..., is_grads_batched=True)`` has
+    it.
+    """
+    return torch._C._are_functorch_transforms_active() or (
+        upstream is not None and torch._C._functorch.is_legacy_batchedtensor(upstream))
+
+
+def widen(target: Tensor, labels: bool) -> Tensor:
+    """A target that can be computed with. Narrow labels would wrap the number of classes and ``ignore_index``."""
+    narrow = labels and target.dtype in (torch.uint8, torch.int8, torch.int16)
+    return target.long() if narrow or target.dtype in (torch.uint16, torch.uint32, torch.uint64) else target
+
+
+def equals(target: Tensor, value: int | None) -> Tensor:
+    """Where a target has a value. A number that a narrow integer cannot hold would wrap in a comparison."""
+    if value is None:
+        return torch.zeros_like(target, dtype=torch.bool)
+    if not target.is_floating_point() and target.dtype != torch.bool:
+        info = torch.iinfo(target.dtype)
+        if not info.min <= value <= info.max:
+            return torch.zeros_like(target, dtype=torch.bool)
+    return target == value
 
 
 def _as_rows(problem: Problem, upstream: Tensor | None) -> tuple[Problem, Tensor | None]:
-    """The problem and the upstream gradient with all leading dimensions in one."""
+    """The problem and the upstream gradient with all leading dimensions in one, and contiguous logits.
+
+    The results have the strides of the logits, and a compiled graph counts on contiguous ones.
+    """
     logits, target, quality, weight = problem[:4]
     if logits.dim() == 2:
-        return problem if weight is None else problem._replace(weight=weight.expand(logits.shape)), upstream
+        return problem._replace(logits=logits.contiguous(),
+                                weight=None if weight is None else weight.expand(logits.shape)), upstream
     classes = logits.shape[-1] if logits.dim() else 1
     rows = logits.numel() // max(classes, 1)
     labels = target.dim() < logits.dim()
     return problem._replace(
-        logits=logits.reshape(rows, classes), target=target.reshape((rows, ) if labels else (rows, classes)),
+        logits=logits.reshape(rows, classes).contiguous(),
+        target=target.reshape((rows, ) if labels else (rows, classes)),
         quality=None if quality is None else quality.reshape(rows),
         weight=None if weight is None else weight.expand(logits.shape).reshape(rows, classes)), (
             upstream.reshape(rows, classes) if upstream is not None and upstream.dim() else upstream)
@@ -279,10 +308,11 @@ def run(problem: Problem, need_loss: bool = True, need_grad: bool = True, need_s
     """The formula over blocks of rows, which bound the memory of its temporaries."""
     shape = problem.logits.shape
     rows, upstream = _as_rows(problem, upstream)
-    look = rows.logits.device.type == 'cpu' and not transformed()
+    transform = transformed(upstream)
+    look = rows.logits.device.type == 'cpu' and not transform
     soft = None if look else rows.quality is not None or rows.target.is_floating_point()
     parts = blocks(rows.logits)
-    if len(parts) == 1:
+    if len(parts) == 1 or transform:  # which cannot write blocks into a tensor
         loss, grad, sums = formula(rows, need_loss, need_grad, need_sums, upstream, soft)
         if len(shape) == 2:
             return loss, grad, sums
@@ -432,7 +462,7 @@ def run_softmax(logits: Tensor, labels: Tensor, gamma_pos: float, gamma_neg: flo
     parts = blocks(logits)
     if compile and logits.numel():
         return compiled(softmax_formula, 'softmax')(logits, labels, *settings)
-    if len(parts) == 1:
+    if len(parts) == 1 or transformed():
         return softmax_formula(logits, labels, *settings)
     grad: Any = torch.empty_like(logits, dtype=grad_dtype) if need_grad else None
     losses = []

@@ -14,6 +14,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
 
+from mmasl import AsymmetricLoss
 from mmasl.errors import ConfigError, UnavailableError
 from mmasl.ops import asymmetric_loss, functional, use_implementation
 from mmasl.ops.functional import pick_implementation
@@ -352,6 +353,8 @@ def test_bad_logits_and_parameters():
         asymmetric_loss(torch.zeros(1, 2), torch.zeros(1, 2), gamma_neg=torch.ones(3))
     with pytest.raises(ValueError, match='get no gradient'):
         asymmetric_loss(torch.zeros(1, 2), torch.zeros(1, 2), gamma_neg=torch.ones(2, requires_grad=True))
+    with pytest.raises(ValueError, match='target, parameters, .* get no gradient: detach them'):
+        asymmetric_loss(torch.zeros(1, 2), torch.zeros(1, 2, requires_grad=True))
     with pytest.raises(ValueError, match='have no class'):
         asymmetric_loss(torch.zeros(1, 0), torch.zeros(1, dtype=torch.long))
 
@@ -377,12 +380,23 @@ def test_otherwise_only_inputs_are_saved(dtype, reduction):
     assert {x.data_ptr() for x in saved if x.numel() > 1} == {logits.data_ptr(), target.data_ptr()}
 
 
-def test_second_derivative_is_refused():
+@pytest.mark.parametrize('reduction', ['none', 'sum'])
+def test_second_derivative_is_refused(reduction):
+    """Whatever the loss is multiplied with, and by whichever interface; the first derivative is not."""
     logits = torch.randn(3, requires_grad=True)
-    loss = (logits**2 * asymmetric_loss(logits, torch.ones(3))).sum()
-    grad, = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        grad.sum().backward()
+
+    def value(z):
+        return asymmetric_loss(z, torch.ones(3), reduction=reduction).sum()
+
+    for loss in (value, lambda z: (z**2 * value(z)).sum()):
+        with pytest.raises(UnavailableError, match='no second derivative: .* without create_graph=True'):
+            torch.autograd.grad(loss(logits), logits, create_graph=True)
+        gradient = torch.func.grad(loss)
+        assert_close(gradient(logits), torch.autograd.grad(loss(logits), logits)[0])
+        for second in (torch.func.grad(lambda z, gradient=gradient: gradient(z).sum()), torch.func.jacrev(gradient),
+                       lambda z, loss=loss: torch.autograd.functional.hessian(loss, z)):
+            with pytest.raises(UnavailableError, match='no second derivative'):
+                second(logits)
 
 
 @pytest.mark.parametrize('target', [torch.zeros(4, 3, device='meta'),
@@ -413,6 +427,20 @@ def test_compiled_is_eager_and_stays_compiled(compiled, target):
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
             result = value_and_grad(compiled, logits, target, gamma_neg, ignore_index=3)
         assert_close(result, value_and_grad(asymmetric_loss, logits, target, gamma_neg=gamma_neg, ignore_index=3))
+
+
+@pytest.mark.parametrize('reduction', ['none', 'sum'])
+def test_compiled_map_of_one_image(compiled, reduction):
+    """Its channels come last by a view, unlike those of several images."""
+    def rows(maps):
+        return maps.permute(0, 2, 3, 1).reshape(-1, 3)
+
+    for images in (1, 2):
+        maps, labels, gamma_neg = torch.randn(images, 3, 4, 5), torch.arange(20 * images) % 4, torch.tensor(4.)
+        assert rows(maps).is_contiguous() == (images > 1)
+        found = value_and_grad(lambda z, y, g: compiled(rows(z), y, g, reduction=reduction), maps, labels, gamma_neg)
+        assert_close(found, value_and_grad(
+            lambda z, y, g: asymmetric_loss(rows(z), y, gamma_neg=g, reduction=reduction), maps, labels, gamma_neg))
 
 
 def test_compiled_out_of_range_target_raises(compiled, implementation):
@@ -565,9 +593,11 @@ def test_backward_twice():
 
 def test_operator_is_registered_well(implementation):
     """The fake kernel's shapes, dtypes and strides, and autograd, as torch.library checks them."""
-    for form in ('dense', 'labels', 'quality'):
+    for form, transposed in itertools.product(('dense', 'labels', 'quality'), (False, True)):
         for reduction in ('none', 'sum'):
             logits, target = batch_of(form, 6, 5)
+            if transposed:  # as the map of one image with the channels last
+                logits = logits.T.contiguous().T
             target, quality = target if form == 'quality' else (target, None)
             one = torch.ones(())
             logits, target, quality, one, clip = tree_map_only(
@@ -622,6 +652,48 @@ def test_function_transforms():
             per_sample = torch.func.vmap(torch.func.grad(lambda z, y: 2 * asymmetric_loss(z, y, **kwargs).sum()))
             assert_close(per_sample(logits, y), 2 * expected)
     assert torch.func.vmap(lambda z, y: asymmetric_loss(z, y, **kwargs))(logits, torch.full((6, 5), 2.)).isnan().all()
+
+
+def test_function_transforms_of_parameters_and_large_logits():
+    """A transform cannot write in place, neither blocks of rows nor a result of a batched parameter."""
+    logits, target = batch_of('dense', 3000, 80)
+    small, target = logits[:4], target.float()
+    for name, values in dict(gamma_neg=[0., 1.5], gamma_pos=[0., 2.], clip=[0., 0.2], alpha=[0.25, 0.5],
+                             pos_weight=[1., 3.]).items():
+        for z, y in ((logits, target), (small, target[:4]), (small, target[:4] / 2)):
+            together = torch.func.vmap(lambda x, z=z, y=y, name=name: asymmetric_loss(z, y, **{name: x}))(
+                torch.tensor(values))
+            assert_close(together, torch.stack([asymmetric_loss(z, y, **{name: x}) for x in values]))
+    targets = torch.stack([target, 1 - target])
+    together = torch.func.vmap(lambda y: torch.func.grad(lambda z: asymmetric_loss(z, y, reduction='sum'))(logits))(
+        targets)
+    assert_close(together, torch.stack([value_and_grad(asymmetric_loss, logits, y, reduction='sum')[1]
+                                        for y in targets]))
+
+
+@pytest.mark.parametrize('reduction', ['none', 'sum'])
+@pytest.mark.parametrize('rows', [4, 3000])
+def test_gradients_of_several_losses_at_once(reduction, rows):
+    """As a training of several tasks takes them."""
+    logits, target = batch_of('dense', rows, 80)
+    logits.requires_grad_()
+    losses = torch.stack([asymmetric_loss(logits, target, reduction=reduction).sum(), logits.pow(2).mean()])
+    found, = torch.autograd.grad(losses, logits, torch.eye(2), is_grads_batched=True, retain_graph=True)
+    assert_close(found, torch.stack([torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in losses]))
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32], ids=str)
+def test_integers_do_not_wrap(dtype):
+    """Narrow labels with more classes, or another ignore_index, than their dtype can hold."""
+    logits, labels = torch.randn(3, 300), torch.tensor([100, 3, 44])  # 44 is 300 and 100 is -156 modulo 256
+    for ignore_index in (None, -156, -253, 3):
+        narrow, wide = (asymmetric_loss(logits, y, ignore_index=ignore_index) for y in (labels.to(dtype), labels))
+        assert_close(narrow, wide)
+        narrow, wide = (asymmetric_loss(logits, y, ignore_index=-255 if ignore_index else None)
+                        for y in ((logits > 0).to(dtype), (logits > 0).long()))
+        assert_close(narrow, wide)
+        loss = AsymmetricLoss(ignore_index=ignore_index)
+        assert_close(loss(logits, labels.to(dtype)), loss(logits, labels))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from mmpretrain.structures import DataSample
 from torch.testing import assert_close
 
 from mmasl import AsymmetricSoftmaxLoss, asymmetric_softmax_loss, use_implementation
+from mmasl.errors import UnavailableError
 
 NAMES = 'gamma_pos', 'gamma_neg', 'smoothing'
 SETTINGS = [(0, 4, 0.1), (0, 0, 0.1), (2, 4, 0), (1, 2, 0.3), (0.5, 0.5, 0.1), (0, 7, 0)]
@@ -231,6 +232,14 @@ def test_function_transforms(logits, labels):
     _, expected = with_grad(softmax_loss, logits, labels, 1, 4, 0.1)
     per_sample = torch.func.vmap(torch.func.grad(lambda z, y: softmax_loss(z, y, 1, 4, 0.1)))
     assert_close(per_sample(logits, labels), expected)
+    with pytest.raises(UnavailableError, match='no second derivative'):
+        torch.func.jacrev(torch.func.grad(lambda z: softmax_loss(z, labels, 1, 4, 0.1).sum()))(logits)
+    with pytest.raises(UnavailableError, match='no second derivative'):
+        torch.autograd.functional.hessian(lambda z: softmax_loss(z, labels, 1, 4, 0.1).sum(), logits)
+    leaf = logits.clone().requires_grad_()
+    losses = torch.stack([softmax_loss(leaf, labels, 1, 4, 0.1).sum(), leaf.sum()])
+    together, = torch.autograd.grad(losses, leaf, torch.eye(2, dtype=losses.dtype), is_grads_batched=True)
+    assert_close(together, torch.stack([expected, torch.ones_like(expected)]))
     labels[1] = 9
     grad = per_sample(logits, labels)
     assert grad[1].isnan().all() and grad[2].isfinite().all()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmasl.errors import ConfigError, DataError
 from mmasl.models.losses.probability_sums import ProbabilitySums
 from mmasl.ops.functional import asymmetric_loss
-from mmasl.ops.torch_impl import SOFT_LABELS, transformed
+from mmasl.ops.torch_impl import SOFT_LABELS, equals, transformed
 
 REDUCTIONS = ('none', 'mean', 'sum')
 NOTICED = 10  # training calls whose logits are compared with [0, 1]
@@ -133,8 +133,8 @@ class AsymmetricLoss(SettingsModule):
         gamma_pos: Focusing parameter of positives, >= 0: one number, or one per class. The paper uses 0 in
             classification and 1 in detection.
         gamma_neg: Focusing parameter of negatives, likewise.
-        clip: Probability margin m in [0, 1), likewise. Negatives below it have no loss and no gradient. Use 0 for
-            detection: dense heads start at p = 0.01, and negatives below the margin get no gradient.
+        clip: Probability margin m in [0, 1), likewise. Negatives below it have no loss and no gradient. Use 0 (or None)
+            for detection: dense heads start at p = 0.01, and negatives below the margin get no gradient.
         alpha: Weight of positives in [0, 1], likewise; negatives get 1 - alpha, as in focal loss. None for no weights.
         class_weight: Factor >= 0 of all labels of a class, likewise, as MMPretrain's ``CrossEntropyLoss`` has it. None
             for 1. The ``class_weight`` of MMDetection's ``CrossEntropyLoss(use_sigmoid=True)`` is ``pos_weight`` here.
@@ -167,7 +167,7 @@ class AsymmetricLoss(SettingsModule):
     def __init__(self,
                  gamma_pos: float | Sequence[float] = 0.,
                  gamma_neg: float | Sequence[float] = 4.,
-                 clip: float | Sequence[float] = 0.05,
+                 clip: float | Sequence[float] | None = 0.05,
                  alpha: float | Sequence[float] | None = None,
                  class_weight: float | Sequence[float] | None = None,
                  pos_weight: float | Sequence[float] | None = None,
@@ -187,6 +187,8 @@ class AsymmetricLoss(SettingsModule):
             raise ConfigError(f'reduction={reduction!r} must be one of {REDUCTIONS}')
         if soft_label not in SOFT_LABELS:
             raise ConfigError(f'soft_label={soft_label!r} must be one of {SOFT_LABELS}')
+        if gamma_pos is None or gamma_neg is None:
+            raise ConfigError(f'gamma_pos={gamma_pos}, gamma_neg={gamma_neg}: give numbers, 0 for no focusing')
         check_number('loss_weight', loss_weight)
         check_number('weight_unannotated', weight_unannotated, 0)
         if weight_unannotated and ignore_index is None:
@@ -197,7 +199,8 @@ class AsymmetricLoss(SettingsModule):
                              'weight_unannotated too, to 1 for the weight of other negatives')
         for name, value, high, closed in (
                 ('gamma_pos', gamma_pos, math.inf, False), ('gamma_neg', gamma_neg, math.inf, False),
-                ('clip', clip, 1, False), ('alpha', alpha, 1, True), ('class_weight', class_weight, math.inf, False),
+                ('clip', 0. if clip is None else clip, 1, False), ('alpha', alpha, 1, True),
+                ('class_weight', class_weight, math.inf, False),
                 ('pos_weight', pos_weight, math.inf, False), ('gamma_unannotated', gamma_unannotated, math.inf, False)):
             self.register_setting(name, value, high, closed)
         self.detach_focusing = detach_focusing
@@ -293,7 +296,7 @@ class AsymmetricLoss(SettingsModule):
     def _unannotated(self, pred: Tensor, target: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """Target of the labels without annotation: negatives, or background; -1 marks all others."""
         labels = target[0] if isinstance(target, (tuple, list)) else target
-        marked: Any = labels == self.ignore_index
+        marked: Any = equals(labels, self.ignore_index)
         return marked.float() - 1 if labels.shape == pred.shape else torch.where(marked, pred.shape[-1], -1)
 
     def _divisor(self, pred: Tensor, target: Tensor | tuple[Tensor, Tensor],
@@ -305,7 +308,7 @@ class AsymmetricLoss(SettingsModule):
             return max(pred.numel(), 1)
         labels = target[0] if isinstance(target, (tuple, list)) else target
         elements_per_target = pred.numel() // max(labels.numel(), 1)
-        annotated = (labels != self.ignore_index).sum()
+        annotated = (~equals(labels, self.ignore_index)).sum()
         count = annotated + self.weight_unannotated * (labels.numel() - annotated)
         return as_divisor(count * elements_per_target)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from mmasl.errors import ConfigError, DataError
 from mmasl.models.losses.asymmetric_loss import REDUCTIONS, SettingsModule, as_divisor, check_number
 from mmasl.ops.functional import asymmetric_softmax_loss
+from mmasl.ops.torch_impl import equals
 
 
 class AsymmetricSoftmaxLoss(SettingsModule):
@@ -115,7 +116,9 @@ class AsymmetricSoftmaxLoss(SettingsModule):
         """``avg_factor``, or the number of samples that count; above 0, so an empty batch has loss 0."""
         if avg_factor is not None:
             return as_divisor(avg_factor)
-        return max(target.numel(), 1) if self.ignore_index is None else (target != self.ignore_index).sum().clamp(min=1)
+        if self.ignore_index is None:
+            return max(target.numel(), 1)
+        return (~equals(target, self.ignore_index)).sum().clamp(min=1)
 
     def extra_repr(self) -> str:
         shown = [super().extra_repr()] if self._initial else []

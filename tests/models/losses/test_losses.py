@@ -439,11 +439,18 @@ def test_reset_parameters_undoes_a_controller():
     assert model[0].gamma_neg == 2.5
 
 
+def test_no_margin_is_none_too():
+    """As MMPretrain's AsymmetricLoss has it."""
+    logits, target = torch.randn(4, 3), torch.eye(4, 3)
+    assert_close(AsymmetricLoss(clip=None)(logits, target), AsymmetricLoss(clip=0.)(logits, target))
+
+
 @pytest.mark.parametrize('kwargs, message', [
     (dict(gamma_neg=-1), r'gamma_neg=-1 must be a number in \[0, inf\)'),
     (dict(gamma_pos=float('nan')), 'gamma_pos=nan'),
     (dict(gamma_pos=[[1.]]), r'gamma_pos=\[\[1.0\]\]'),
     (dict(gamma_neg=[]), 'gamma_neg=.*one such number per class'),
+    (dict(gamma_neg=None), 'gamma_neg=None: give numbers, 0 for no focusing'),
     (dict(clip=1.), r'clip=1.0 must be a number in \[0, 1\)'),
     (dict(alpha=1.5), r'alpha=1.5 must be a number in \[0, 1\]'),
     (dict(alpha=[0.5, -1]), r'alpha=\[0.5, -1\] must be a number in \[0, 1\], or one such number per class'),
