@@ -100,10 +100,10 @@ class Layers:
         return Path(__file__).with_name(f'{self.title.replace(" ", "_")}.csv')
 
 
-MILD, CONSTANT = Setting(0, 2, 0), replace(ASL, detach_focusing=True)
+MILD, MARGIN, CONSTANT = Setting(0, 2, 0), Setting(0, 0, 0.05), replace(ASL, detach_focusing=True)
 SETS = ('voc-60', 'corel5k', 'voc')
 LAST = Layers('last stage', 6, 8, False, True, (
-    *(Training(data, setting) for setting in (CE, ASL, MILD, FOCAL) for data in SETS),
+    *(Training(data, setting) for setting in (CE, ASL, MILD, MARGIN, FOCAL) for data in SETS),
     # One change of the recipe at a time.
     *(Training('voc-60', setting, recipe) for recipe in list(RECIPES)[1:5] for setting in (CE, ASL)),
     *(Training('voc', setting, recipe) for recipe in list(RECIPES)[4:] for setting in (CE, ASL)),

@@ -133,11 +133,9 @@ def trained_rows(layers: str, data: str) -> list[dict[str, str]]:
 
 
 def trained_scores(layers: str, data: str) -> dict[tuple[str, ...], float]:
-    """mAP of each setting that trained layers at its learning rate: mean over the seeds that all settings have."""
+    """mAP of each setting that trained layers at its learning rate: mean over its seeds."""
     rates = scores_by_rate(layers, data)
-    found = {setting: rates[setting][rate] for setting, rate in chosen_rates(layers, data).items()}
-    common = min(map(len, found.values()), default=0)
-    return {setting: float(np.mean(values[:common])) for setting, values in found.items()}
+    return {setting: float(np.mean(rates[setting][rate])) for setting, rate in chosen_rates(layers, data).items()}
 
 
 def chosen_rates(layers: str, data: str) -> dict[tuple[str, ...], float]:

@@ -15,6 +15,7 @@ from benchmarks.photos import fine_tuned, frozen, render
 from mmasl.analysis.gradient import Setting
 from mmasl.analysis.probe import TRIALS
 from mmasl.reproduce.runs import read_rows
+from mmasl.utils.statistics import interval
 
 
 def make_features(count: int = 200, classes: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,13 +234,13 @@ def test_settings_count_at_their_best_learning_rate(monkeypatch):
             row(frozen.ASL, '0.001', '0', '75'), row(frozen.ASL, '0.0006', '0', '60')]
     monkeypatch.setattr(render, 'read_rows', lambda path: rows)
     ce, asl = (frozen.key(row)[1:] for row in (rows[0], rows[-1]))
-    assert render.trained_scores('all', 'voc') == {ce: 70, asl: 75}, 'at the rate and with the seed that both have'
+    assert render.trained_scores('all', 'voc') == {ce: 71, asl: 75}, 'at the rate that both have'
     found = render.agreement({ce: 3., asl: 1.}, render.trained_scores('all', 'voc'))
-    assert found == render.Agreement(2, pytest.approx(-1), ce, 5, 0)
-    # The searches end: the best rate of seed 0 counts, with the seeds that both have.
+    assert found == render.Agreement(2, pytest.approx(-1), ce, 4, 0)
+    # The searches end: the best rate of seed 0 counts.
     rows += [row(frozen.ASL, '0.002', '0', '74'), row(frozen.CE, '0.003', '0', '60'),
              row(frozen.CE, '0.002', '1', '80')]
-    assert render.trained_scores('all', 'voc') == {ce: 90, asl: 75}
+    assert render.trained_scores('all', 'voc') == {ce: 85, asl: 75}
     rows.append(row(frozen.ASL, '0.001', '1', '77'))
     assert render.trained_scores('all', 'voc') == {ce: 85, asl: 76}
 
@@ -331,6 +332,10 @@ def test_what_the_documents_say_of_frozen_features():
         assert part.format(**{data: f'{mean:.1f}' for data, (mean, _) in leads.items()}) in page
     for data in ('voc', 'voc-60', 'corel5k'):
         assert '{:+.2f} ± {:.2f}'.format(*leads[data]) in readme
+    # Half-widths of the delete-d jackknife (Shao and Wu 1989) and of Student's t, in standard deviations of the rows.
+    kept, values = frozen.SHARE, np.random.default_rng(0).normal(size=frozen.REPETITIONS)
+    wider = 1.96 * math.sqrt(kept / (1 - kept)) * values.std(ddof=1) / interval(values)[1]
+    assert f'{wider:.1f} times as wide' in page and 'about five times as wide' in readme
     best = {data: max(found, key=lambda one: found[one]['mAP'].mean()) for data in ('voc', 'voc-60', 'corel5k')
             for found in [render.read_columns(data)]}
     assert best == {'voc': ASL, 'voc-60': ASL, 'corel5k': frozen.key(frozen.describe('', Setting(0, 7, 0.05)))[1:]}
@@ -339,8 +344,10 @@ def test_what_the_documents_say_of_frozen_features():
 def test_what_the_documents_say_of_the_last_stage():
     page, readme = (' '.join(path.read_text().split()) for path in (render.DOC, frozen.ROOT / 'README.md'))
     leads = {data: render.against_cross_entropy('last', data)[ASL] for data in fine_tuned.SETS}
-    assert '{voc} on VOC, {voc-60} with 60 % of its labels removed, {corel5k} on Corel-5k (3 '.format(**leads) in page
-    assert '{voc}, {voc-60} and {corel5k} over 3 trainings'.format(**leads) in readme
+    assert 'gone on VOC, {voc}, and reversed on Corel-5k, {corel5k}; '.format(**leads) in page
+    assert 'three trainings cannot tell, {voc-60}.'.format(**leads) in page
+    assert 'gone on VOC ({voc} over 3 trainings) and reversed on Corel-5k ({corel5k})'.format(**leads) in readme
+    assert 'with labels removed it is open ({voc-60})'.format(**leads) in readme
     for data in fine_tuned.SETS:
         assert {len(render.scores_by_rate('last', data)[one][render.chosen_rates('last', data)[one]])
                 for one in (CE, ASL)} == {3}
