@@ -103,11 +103,10 @@ class Layers:
 MILD, MARGIN, CONSTANT = Setting(0, 2, 0), Setting(0, 0, 0.05), replace(ASL, detach_focusing=True)
 SETS = ('voc-60', 'corel5k', 'voc')
 LAST = Layers('last stage', 6, 8, False, True, (
-    *(Training(data, setting) for setting in (CE, ASL, MILD, MARGIN, FOCAL) for data in SETS),
+    *(Training(data, setting) for setting in (CE, ASL, MILD, MARGIN, CONSTANT, FOCAL) for data in SETS),
     # One change of the recipe at a time.
     *(Training('voc-60', setting, recipe) for recipe in list(RECIPES)[1:5] for setting in (CE, ASL)),
-    *(Training('voc', setting, recipe) for recipe in list(RECIPES)[4:] for setting in (CE, ASL)),
-    *(Training(data, CONSTANT) for data in SETS)))
+    *(Training('voc', setting, recipe) for recipe in list(RECIPES)[4:] for setting in (CE, ASL))))
 ALL = Layers('whole network', 0, 6, True, False, (
     *(Training('voc', setting) for setting in (ASL, CE, MILD, FOCAL)),
     *(Training('voc-60', setting) for setting in (ASL, CE, MILD)),
