@@ -25,7 +25,7 @@ from mmasl.utils.statistics import interval  # noqa: E402
 Column = dict[str, np.ndarray]  # values of a setting by figure, one for each repetition
 RATES_PICTURE = PICTURE.with_name('rates.png')
 TITLES = {CE: 'cross-entropy', FOCAL: 'focal loss (2, 2, 0)', MILD: '(0, 2, 0)', ASL: 'ASL (0, 4, 0.05)'}
-USUAL = {key(describe('', setting))[1:] for setting in SETTINGS[:6]}  # the rows of the tables
+USUAL = {key(describe('', setting))[1:] for setting in (*SETTINGS[:6], fine_tuned.CONSTANT)}  # the rows of the tables
 FIGURES = ('mAP', 'frequent', 'middle', 'rare', 'CF1', 'OF1', 'CF1_calibrated', 'OF1_calibrated')
 
 

@@ -77,7 +77,7 @@ def suggest(stats: LabelStatistics, site: LossSite | None) -> Suggestion:
 
 
 def write_config(cfg: Config, base: str, site: LossSite, suggestion: Suggestion,
-                 weights: dict[str, list[float]] | None = None) -> str:
+                 weights: dict[str, list[float]] | None = None, detach_focusing: bool | None = None) -> str:
     """Write a config that inherits from ``base`` and has the suggested loss.
 
     Other settings of the replaced loss are kept: its weights and reduction, probabilities as input, the treatment of
@@ -89,6 +89,7 @@ def write_config(cfg: Config, base: str, site: LossSite, suggestion: Suggestion,
         site: The loss to replace.
         suggestion: The setting.
         weights: Weights by class, by the name of their argument. They replace those of the replaced loss.
+        detach_focusing: That of the new loss. None keeps that of the replaced loss.
     """
     place, old = site.key.split('.'), loss_config(cfg, site)
     setting = suggestion.setting
@@ -102,6 +103,8 @@ def write_config(cfg: Config, base: str, site: LossSite, suggestion: Suggestion,
         loss |= {key: old[key] for key in ('class_weight', 'pos_weight', 'detach_focusing', 'reduction', 'ignore_index',
                                            'weight_unannotated', 'gamma_unannotated') if key in old}
         loss |= {key: old[key] for key in ('alpha', ) if key in loss and key in old}
+    if detach_focusing is not None:
+        loss['detach_focusing'] = detach_focusing
     if weights:
         loss = {key: value for key, value in loss.items() if key not in ('class_weight', 'pos_weight')} | weights
     imports = list((cfg.get('custom_imports') or {}).get('imports', []))

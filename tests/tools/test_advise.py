@@ -248,6 +248,7 @@ def test_probe(advise, probed, monkeypatch):
     assert rows['cross-entropy'][3:5] == rows['cross-entropy'][5:7], 'cross-entropy is calibrated'
     loss = snippet(report).model.head.loss
     assert f'({loss.gamma_pos:g}, {loss.gamma_neg:g}, {loss.clip:g})' == rows[best][0]
+    assert loss.detach_focusing == ('constant weight' in best)
     assert "_base_ = './c.py'" in report, 'to save beside the config'
     second = max(scores.keys() - {best}, key=scores.__getitem__) if best == 'cross-entropy' else 'cross-entropy'
     assert f'Train {best} and {second} at several learning rates' in report
