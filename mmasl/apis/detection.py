@@ -9,7 +9,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import TRANSFORMS
 
 from mmasl.apis.drawing import choose_name, use_font
-from mmasl.apis.images import describe_read_error, list_images, unreadable_images
+from mmasl.apis.images import check_out_dir, describe_read_error, list_images, unreadable_images
 from mmasl.apis.model_files import inference_dataset, load_checkpoint
 from mmasl.engine.hooks.adaptive_asymmetry import restore_asymmetry
 from mmasl.errors import CheckpointError
@@ -49,13 +49,14 @@ def detect(cfg: Config,
 
     Raises:
         CheckpointError: The checkpoint is unsafe or does not fit the model or its classes.
-        ConfigError: A threshold is out of range or names an unknown class.
+        ConfigError: A threshold is out of range or names an unknown class, or ``out_dir`` has one of the images.
         DataError: An image or folder does not exist.
         UnreadableImageError: Some images cannot be read. Raised at the end; its ``results`` has the others.
     """
     from mmdet.apis import DetInferencer
 
     images = [str(image) for image in list_images(inputs)]
+    check_out_dir(images, out_dir)
     checkpoint = load_checkpoint(weights)
     drop_pretrained(cfg)
     cfg.test_dataloader.dataset = dataset = inference_dataset(cfg)  # DetInferencer looks into no wrapper

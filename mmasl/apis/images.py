@@ -14,7 +14,7 @@ from mmengine.logging import print_log
 
 from mmasl.datasets.annotation_files import SUFFIXES
 from mmasl.datasets.validation import first_few
-from mmasl.errors import DataError, MMASLError, UnreadableImageError
+from mmasl.errors import ConfigError, DataError, MMASLError, UnreadableImageError
 
 Image = str | PathLike | np.ndarray
 
@@ -36,6 +36,24 @@ def list_images(inputs: Image | Sequence[Image]) -> list[str | np.ndarray]:
     if not images:
         raise DataError('the list of images is empty')
     return images
+
+
+def check_out_dir(images: Sequence[str | np.ndarray], out_dir: str | PathLike) -> None:
+    """Check that pictures do not replace images: they have the names of these, with .png.
+
+    Args:
+        images: As :func:`list_images` returns them.
+        out_dir: Folder for pictures; '' for none.
+
+    Raises:
+        ConfigError: An image is in the folder.
+    """
+    if not out_dir or not osp.isdir(out_dir):
+        return
+    for image in images:
+        if isinstance(image, str) and osp.exists(image) and osp.samefile(osp.dirname(image) or '.', out_dir):
+            raise ConfigError(f'{os.fspath(out_dir)} is the folder of {image}, which a picture could replace: write '
+                              'pictures (--out-dir) to another folder')
 
 
 def _expand(item: Image) -> Iterator[str | np.ndarray]:

@@ -20,7 +20,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mmasl.apis.drawing import as_rgb, choose_name, draw_labels, use_font
-from mmasl.apis.images import Image, describe_read_error, list_images, match_channels, unreadable_images
+from mmasl.apis.images import (
+    Image,
+    check_out_dir,
+    describe_read_error,
+    list_images,
+    match_channels,
+    unreadable_images,
+)
 from mmasl.apis.label_rule import LabelRule
 from mmasl.apis.model_files import config_classes, inference_dataset, load_checkpoint
 from mmasl.datasets.validation import require_depth
@@ -77,6 +84,7 @@ class MultiLabelInferencer(BaseInferencer):
         self.rule = LabelRule(None, None, False)
         self._unreadable: dict[str, str] = {}
         self._pictures: dict[str, str] = {}
+        self._out_dir: str | PathLike = ''
         with DefaultScope.overwrite_default_scope('mmpretrain'):
             super().__init__(copy.deepcopy(model), str(weights), device, 'mmpretrain', show_progress)
 
@@ -124,12 +132,13 @@ class MultiLabelInferencer(BaseInferencer):
             UnreadableImageError: Some images cannot be read. Raised after the others are predicted, drawn and written;
                 its ``results`` has them.
             ConfigError: An argument is out of range, names an unknown class, or does not fit the number of classes or
-                the head.
+                the head, or ``out_dir`` has one of the images.
             CheckpointError: The model predicts another number of classes than there are names.
             NonFiniteError: The model predicts NaN.
         """
         if out_file and not str(out_file).endswith('.json'):
             raise ConfigError(f'out_file={str(out_file)!r}: give a .json file')
+        self._out_dir = out_dir
         self.rule = self.make_rule(thr, topk, calibrated)
         self._unreadable = {}
         results = super().__call__(
@@ -232,7 +241,9 @@ class MultiLabelInferencer(BaseInferencer):
     # --- the steps of a call, in their order
 
     def _inputs_to_list(self, inputs: Image | Sequence[Image]) -> list[str | np.ndarray]:
-        return list_images(inputs)
+        images = list_images(inputs)
+        check_out_dir(images, self._out_dir)
+        return images
 
     def preprocess(self, inputs: list[str | np.ndarray], batch_size: int = 1) -> DataLoader:
         """Load batches of images. Each item is a list with one batch for each image size."""

@@ -561,6 +561,19 @@ def test_pictures_of_equal_names_get_different_ones():
     assert {path.stem for path in Path('new/drawn').iterdir()} == names | {'array_5'}
 
 
+def test_pictures_do_not_replace_images(folder, monkeypatch):
+    before = Path('images/red.png').read_bytes()
+    monkeypatch.setattr(MultiLabelInferencer, 'forward', None)  # not reached
+    inferencer = build()
+    for inputs, out_dir in (('images', 'images'), ('images/red.png', folder / 'images'), ('images/red.png', 'images/')):
+        with pytest.raises(ConfigError, match='is the folder of images/.*.png, which a picture could replace'):
+            inferencer(inputs, out_dir=out_dir)
+    monkeypatch.chdir('images')
+    with pytest.raises(ConfigError, match='is the folder of red.png'):
+        inferencer('red.png', out_dir='.')
+    assert Path('red.png').read_bytes() == before
+
+
 def test_pictures_are_shown_and_kept_only_when_asked(monkeypatch):
     shown = []
     monkeypatch.setattr(module.Visualizer, 'show', lambda self, picture, **kwargs: shown.append((picture, kwargs)))
