@@ -51,6 +51,8 @@ def configure(args: argparse.Namespace) -> Config:
     """The config of the flags, checked as far as possible without building anything."""
     if args.out and not args.out.endswith(SUFFIXES[args.out_item]):
         raise ConfigError(f"--out {args.out}: {args.out_item} are written to {' or '.join(SUFFIXES[args.out_item])}")
+    if args.interval < 1:
+        raise ConfigError(f'--interval {args.interval}: give 1 or more')
     cfg = load_config(args)
     if cfg.get('test_dataloader') is None:
         raise ConfigError(f'{args.config} has no test_dataloader')

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmasl.errors import DataError
 from mmasl.evaluation.functional import Conventions, expected_calibration_error, multilabel_metrics, reliability
 from mmasl.models.losses.asymmetric_loss import AsymmetricLoss
 from mmasl.models.losses.utils import calibration_settings
@@ -91,7 +92,12 @@ def compare_calibration(data: LabelledLogits, seed: int = 0) -> Comparison:
     Args:
         data: Logits and labels.
         seed: Seed of the split.
+
+    Raises:
+        DataError: There are fewer than two images.
     """
+    if len(data.logits) < 2:
+        raise DataError('one image cannot be split: compare on two or more validation images')
     order = torch.randperm(len(data.logits), generator=torch.Generator().manual_seed(seed))
     fitted, held_out = order.chunk(2)
     logits, labels = data.logits[held_out], data.labels[held_out].numpy()

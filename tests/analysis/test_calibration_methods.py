@@ -18,6 +18,7 @@ from mmasl.analysis.calibration import (
     render_comparison,
     synthesize,
 )
+from mmasl.errors import DataError
 from mmasl.evaluation.functional import expected_calibration_error
 from mmasl.models.losses.utils import calibration_settings
 from mmasl.ops import posterior_threshold
@@ -132,3 +133,9 @@ def test_the_page_shows_what_was_measured(name):
         rows = [{key: float(value) if key in METRICS else value for key, value in row.items()}
                 for row in csv.DictReader(file)]
     assert render_comparison(rows) in (ROOT / 'docs' / 'analysis.md').read_text()
+
+
+def test_one_image_is_refused():
+    data = known_posterior(images=2)
+    with pytest.raises(DataError, match='compare on two or more validation images'):
+        compare_calibration(LabelledLogits(data.logits[:1], data.labels[:1], data.loss))

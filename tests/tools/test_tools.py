@@ -422,6 +422,7 @@ def test_pictures(folder):
     assert 'default_hooks.visualization' in refusal('test', '--show', '--cfg-options',
                                                     'default_hooks.visualization=None')
     assert 'without --tta' in refusal('test', '--tta', *argv, '--cfg-options', 'default_scope=mmpretrain')
+    assert '--interval 0: give 1 or more' in refusal('test', '--show-dir', 'pictures', '--interval', '0')
 
 
 def test_tta_wraps_model_and_pipeline():
