@@ -31,7 +31,7 @@ class NonFiniteError(MMASLError, FloatingPointError):
 
 
 class UnavailableError(MMASLError, RuntimeError):
-    """A package, device or launcher that a function needs is not available."""
+    """A package, device, launcher or derivative that is needed is not available."""
 
 
 class UnreadableImageError(MMASLError, OSError):

@@ -87,9 +87,10 @@ def configure(args: argparse.Namespace) -> Config:
         value = getattr(args, name)
         if value is not None and not 0 < value < 1:
             raise ConfigError(f'--{name} {value} must be between 0 and 1')
-    if args.save and not (args.recall or args.precision):
-        raise ConfigError(f'--save {args.save} is for thresholds that --recall or --precision promises: give one of '
-                          'them')
+    for flag in ('save', 'over_all'):
+        if getattr(args, flag) and not (args.recall or args.precision):
+            raise ConfigError(f"--{flag.replace('_', '-')} is for thresholds that --recall or --precision promises: "
+                              'give one of them')
     if args.launcher != 'none':
         raise ConfigError('tools/calibrate.py runs in one process: leave out --launcher')
     if not is_classification(cfg):

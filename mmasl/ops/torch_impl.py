@@ -130,8 +130,11 @@ def formula(problem: Problem, need_loss: bool, need_grad: bool, need_sums: bool,
         first_row: Number of the first row in error messages.
     """
     z = problem.logits.to(problem.gamma_neg.dtype)
-    if transformed():  # what is written in place must be batched wherever a parameter is
-        z = z + sum(0 * x for x in problem[4:10] if x is not None)
+    if not torch.compiler.is_compiling() and transformed():
+        # What is written in place must be batched wherever a parameter is.
+        parameters = (problem.gamma_pos, problem.gamma_neg, problem.clip, problem.alpha, problem.class_weight,
+                      problem.pos_weight)
+        z = z + sum(0 * x for x in parameters if x is not None)
     y, positive, ignored, soft = _read_target(problem, soft, first_row)
     not_y, weight = ONE[z.dtype] - y, problem.weight
     # The next number below: p_m is 0 below the margin and not at it, where the gradient is that of the side p > m.

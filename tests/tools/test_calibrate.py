@@ -38,7 +38,8 @@ val_dataloader = dict(dataset=dict(type='Data', data_root='.', ann_file='val.jso
     (CONFIG, ['none.pth'], 'No such checkpoint: none.pth'),
     (CONFIG, ['w.pth', '--launcher', 'slurm'], 'leave out --launcher'),
     (CONFIG, ['w.pth', '--recall', '95'], '--recall 95.0 must be between 0 and 1'),
-    (CONFIG, ['w.pth', '--save', 'x.pth'], '--save x.pth is for thresholds that --recall or --precision promises'),
+    (CONFIG, ['w.pth', '--save', 'x.pth'], '--save is for thresholds that --recall or --precision promises'),
+    (CONFIG, ['w.pth', '--over-all'], '--over-all is for thresholds that --recall or --precision promises'),
     (CONFIG, ['w.pth'], 'Missing data'),
 ])
 def test_refusals(text, argv, message):
